@@ -1,0 +1,115 @@
+"""
+Every exception of vastproxy, drawn as one tree.
+
+::
+
+    VastproxyError
+    ├── ConfigError             the operator's file is wrong; says where, what, and what instead
+    ├── VastError               a document cannot be used; carries the VAST code
+    │   ├── VastSyntaxError     100: not well-formed, after every repair that is safe
+    │   ├── VastSchemaError     101: well-formed, but no VAST that can be followed
+    │   └── VastVersionError    102: a version that is not understood (VAST 1.x)
+    └── UpstreamError           an ad server could not be asked, or did not answer as one
+        ├── UpstreamTimeoutError    301: no answer in time
+        ├── UpstreamStatusError     301: an HTTP status that is no success
+        ├── UpstreamTooLargeError   301: the body passes the cap
+        ├── RedirectError           300: too many redirects, or one that leads nowhere
+        └── EgressBlockedError      300: an address that hops may not reach
+
+The VAST code of a failure is on its class: who reports an error does not decide on it again.
+"""
+
+from typing import ClassVar
+
+
+class VastproxyError(Exception):
+    """The root: everything raised on purpose by vastproxy."""
+
+
+class ConfigError(VastproxyError):
+    """
+    A configuration that cannot be used.
+
+    *source* is the file's name; *problems* are the mistakes, all of them, one line each.
+    """
+
+    def __init__(self, source: str, problems: tuple[str, ...]) -> None:
+        self.source = source
+        self.problems = problems
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {each}" for each in problems)]))
+
+
+class VastError(VastproxyError):
+    """A document that cannot be used."""
+
+    vast_code: ClassVar[int] = 900
+
+
+class VastSyntaxError(VastError):
+    """Bytes that are no XML, and cannot safely be made any."""
+
+    vast_code = 100
+
+
+class VastSchemaError(VastError):
+    """XML that is no VAST, or VAST without what is needed to go on."""
+
+    vast_code = 101
+
+
+class VastVersionError(VastError):
+    """A version of VAST that is not understood."""
+
+    vast_code = 102
+
+
+class UpstreamError(VastproxyError):
+    """
+    An ad server could not be reached, or broke off.
+
+    *reason* is one line for the trace; it never goes to a player.
+    """
+
+    vast_code: ClassVar[int] = 301
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """
+    No whole answer in time.
+
+    *starved* says that it was not the ad server's own limit that passed, but what an
+    earlier hop had left of the deadline.
+    """
+
+    def __init__(self, reason: str, *, starved: bool = False) -> None:
+        self.starved = starved
+        super().__init__(reason)
+
+
+class UpstreamStatusError(UpstreamError):
+    """An HTTP status that carries no document. *status* is the number."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(f"HTTP status {status}")
+
+
+class UpstreamTooLargeError(UpstreamError):
+    """A body beyond the cap, counted after decompression."""
+
+
+class RedirectError(UpstreamError):
+    """Too many redirects, or one without a usable target."""
+
+    vast_code = 300
+
+
+class EgressBlockedError(UpstreamError):
+    """A URL or an address that a third party may not send the proxy to."""
+
+    vast_code = 300
