@@ -6,6 +6,7 @@ Everything here is frozen. A stage that changes something hands on a changed cop
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
 
 
 class FrozenMapping(Mapping[str, str]):
@@ -44,6 +45,38 @@ class FrozenMapping(Mapping[str, str]):
         return f"<FrozenMapping {self._items!r}>"
 
 
+class Query(Mapping[str, str]):
+    """
+    A query string, decoded when somebody looks: most requests are only passed on.
+
+    Of a name that repeats the first value counts.
+    """
+
+    __slots__ = ("_items", "raw")
+
+    def __init__(self, raw: str = "") -> None:
+        self.raw = raw
+        self._items: dict[str, str] | None = None
+
+    def _decoded(self) -> dict[str, str]:
+        if self._items is None:
+            pairs = parse_qsl(self.raw, keep_blank_values=True, errors="replace")
+            self._items = dict(reversed(pairs))
+        return self._items
+
+    def __getitem__(self, key: str) -> str:
+        return self._decoded()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded())
+
+    def __len__(self) -> int:
+        return len(self._decoded())
+
+    def __repr__(self) -> str:
+        return f"<Query {self.raw!r}>"
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """Who asks: what VAST 4.3 section 1.1.3 wants ad servers to be told about a viewer's device."""
@@ -54,6 +87,8 @@ class Device:
     referer: str = ""
     accept_language: str = ""
     requested_with: str = ""
+    forwarded_for: str = ""
+    """The addresses the request came through so far, for ``X-Forwarded-For`` in append mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +99,10 @@ class AdRequest:
     """The path of the route as written in config.yaml."""
     rest: str = ""
     """What ``/{rest}`` of the route stood for, byte for byte, without a leading slash."""
-    query_string: str = ""
-    """The player's query, byte for byte, without the question mark."""
-    query: Mapping[str, str] = field(default_factory=FrozenMapping)
-    """The same, decoded; the first value of each name."""
+    query: Query = field(default_factory=Query)
+    """The player's query; ``query.raw`` is what stood behind the question mark, byte for byte."""
     headers: Mapping[str, str] = field(default_factory=FrozenMapping)
     """Header values by lower-case name; the first of each."""
-    cookies: Mapping[str, str] = field(default_factory=FrozenMapping)
-    """The player's cookies for the proxy."""
     device: Device = field(default_factory=Device)
     request_id: str = ""
     """The id a trusted proxy gave this request; empty: one is made."""
@@ -90,6 +121,8 @@ class HopRequest:
     """True: the operator named this address. False: a third party did, and the guard applies."""
     max_body: int
     """Bytes after decompression."""
+    once: bool = False
+    """True: never sent twice, so on a connection of its own: a reused one may be dead already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +145,13 @@ class AdResponse:
 
     body: bytes
     request_id: str
-    content_type: str = "application/xml; charset=utf-8"
+    ads: int = 0
+    """How many ads are in it."""
+    hops: int = 0
+    """How many documents ad servers were asked for."""
+    upstream: str = ""
+    """Whose ads they are; empty for none."""
+    flags: tuple[str, ...] = ()
+    """What happened on the way, in the access log's words."""
     timings: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds of each step, for ``Server-Timing``."""
-    log: Mapping[str, object] = field(default_factory=dict)
-    """The facts of the access log."""

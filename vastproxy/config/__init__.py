@@ -1,0 +1,1 @@
+"""The operator's file: what may stand in it, and how it is read."""

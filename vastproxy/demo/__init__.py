@@ -1,0 +1,1 @@
+"""Ad servers, proxy and page on loopback: a chain to look at."""

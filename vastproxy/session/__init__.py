@@ -1,0 +1,1 @@
+"""One ad request's identity, cookies and clock."""

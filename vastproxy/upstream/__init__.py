@@ -1,0 +1,1 @@
+"""Ad servers: whom the proxy asks, and how."""

@@ -1,0 +1,1 @@
+"""The rules of VAST: no network, no clock, no config."""

@@ -1,0 +1,1 @@
+"""What an ad request costs: vastproxy against a floor without XML, and against a peer."""

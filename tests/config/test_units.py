@@ -1,0 +1,235 @@
+"""Durations, sizes, addresses and places of a request, as people write them."""
+
+import math
+from ipaddress import IPv4Network, IPv6Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vastproxy.config.units import (
+    LONGEST_SHOWN,
+    Listen,
+    Source,
+    check_authority,
+    check_host,
+    parse_duration,
+    parse_host_pattern,
+    parse_network,
+    parse_size,
+    shown,
+)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.8, "800ms"), (2.0, "2s"), (1.5, "1.5s"), (60.0, "1m"), (3600.0, "1h"), (86400.0, "1d")],
+)
+def test_duration_is_seconds(seconds: float, text: str) -> None:
+    """A duration of any unit is kept in seconds."""
+    assert math.isclose(seconds, parse_duration(text))
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("'5' has no unit (write 5ms, 5s or 5m)", "5"),
+        ("'fast' is no duration (write 800ms, 2s or 1h)", "fast"),
+        ("'2 s' is no duration (write 800ms, 2s or 1h)", "2 s"),
+        ("'-1s' is no duration (write 800ms, 2s or 1h)", "-1s"),
+        ("'2S' is no duration (write 800ms, 2s or 1h)", "2S"),
+        ("'1e9s' is no duration (write 800ms, 2s or 1h)", "1e9s"),
+        ("'٣s' is no duration (write 800ms, 2s or 1h)", "٣s"),
+        ("'' is no duration (write 800ms, 2s or 1h)", ""),
+        ("'0s' is no time at all (write more than 0, such as 800ms)", "0s"),
+    ],
+)
+def test_bad_duration_is_explained(message: str, text: str) -> None:
+    """A text that is no duration is refused in words that say what to write."""
+    with pytest.raises(ValueError, match=".") as caught:
+        parse_duration(text)
+
+    assert message == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(1000, "1000B"), (1000, "1kB"), (524288, "512KiB"), (10**6, "1MB"), (2097152, "2MiB")],
+)
+def test_size_is_bytes(size: int, text: str) -> None:
+    """A size of any unit is kept in bytes."""
+    assert size == parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("'512' has no unit (write 512B, 512KiB or 512MiB)", "512"),
+        ("'1kb' is no size (write 1000B, 512KiB or 2MiB)", "1kb"),
+        ("'big' is no size (write 1000B, 512KiB or 2MiB)", "big"),
+        ("'0.1B' is less than one byte (write 1000B, 512KiB or 2MiB)", "0.1B"),
+    ],
+)
+def test_bad_size_is_explained(message: str, text: str) -> None:
+    """A text that is no size is refused in words that say what to write."""
+    with pytest.raises(ValueError, match=".") as caught:
+        parse_size(text)
+
+    assert message == str(caught.value)
+
+
+@given(st.text())
+def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
+    """Every reader gives a value for any text, or raises ValueError and nothing else."""
+    readers = (parse_duration, parse_size, parse_network, parse_host_pattern, Listen.parse)
+    for read in (*readers, Source.parse, check_authority):
+        try:
+            read(text)
+        except ValueError as error:
+            assert str(error).endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("listen", "text"),
+    [
+        (Listen(host="127.0.0.1", port=8080), "127.0.0.1:8080"),
+        (Listen(host="", port=80), ":80"),
+        (Listen(host="localhost", port=0), "localhost:0"),
+        (Listen(host="::1", port=8080), "[::1]:8080"),
+        (Listen(path="/run/vastproxy.sock"), "unix:/run/vastproxy.sock"),
+    ],
+)
+def test_listen_reads_and_writes_the_same_text(listen: Listen, text: str) -> None:
+    """An address to listen on is parsed, and its text gives it back."""
+    assert listen == Listen.parse(text)
+    assert text == str(listen)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["8080", "host", "host:", "host:65536", "::1:80", "[zz]:80", "[1]:80", "unix:run", "a b:80"],
+)
+def test_bad_listen_is_refused(text: str) -> None:
+    """An address without a port, out of range, or of a wrong form is refused."""
+    with pytest.raises(ValueError, match=r"\(write "):
+        Listen.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("local", "text"),
+    [
+        (True, "127.0.0.1:1"),
+        (True, "127.8.8.8:1"),
+        (True, "[::1]:1"),
+        (True, "localhost:1"),
+        (True, "unix:/x"),
+        (False, ":1"),
+        (False, "0.0.0.0:1"),
+        (False, "[::]:1"),
+        (False, "192.0.2.1:1"),
+        (False, "ads.example.com:1"),
+    ],
+)
+def test_listen_knows_what_is_local(local: bool, text: str) -> None:  # noqa: FBT001
+    """Loopback addresses and Unix sockets are local, everything else is not."""
+    assert local is Listen.parse(text).is_local
+
+
+@pytest.mark.parametrize(
+    ("clash", "one", "other"),
+    [
+        (True, "127.0.0.1:80", "127.0.0.1:80"),
+        (True, "127.0.0.1:80", ":80"),
+        (True, "0.0.0.0:80", "127.0.0.1:80"),
+        (True, "unix:/a", "unix:/a"),
+        (False, "127.0.0.1:80", "127.0.0.1:81"),
+        (False, "127.0.0.1:80", "127.0.0.2:80"),
+        (False, "127.0.0.1:0", "127.0.0.1:0"),
+        (False, "unix:/a", "unix:/b"),
+        (False, "unix:/a", ":80"),
+    ],
+)
+def test_listeners_clash_over_a_port(clash: bool, one: str, other: str) -> None:  # noqa: FBT001
+    """Two listeners clash where the system would refuse the second; free ports never do."""
+    assert clash is Listen.parse(one).clashes(Listen.parse(other))
+    assert clash is Listen.parse(other).clashes(Listen.parse(one))
+
+
+def test_source_has_a_kind_and_a_name() -> None:
+    """A place of a request has a kind and a name; those of headers are in lower case."""
+    assert Source("query", "uid") == Source.parse("query:uid")
+    assert Source("header", "x-uid") == Source.parse("header:X-Uid")
+    assert Source("cookie", "Uid") == Source.parse("cookie:Uid")
+    assert "cookie:Uid" == str(Source.parse("cookie:Uid"))
+
+
+@pytest.mark.parametrize("text", ["uid", "query:", "query:a b", "header:a b", "cookie:a;b", "ip:x"])
+def test_bad_source_is_refused(text: str) -> None:
+    """A place that no request has is refused."""
+    with pytest.raises(ValueError, match=r"names no part of a request \(write "):
+        Source.parse(text)
+
+
+def test_network_is_a_cidr_or_an_address() -> None:
+    """An address is a network of one."""
+    assert IPv4Network("10.0.0.0/8") == parse_network("10.0.0.0/8")
+    assert IPv4Network("192.0.2.7/32") == parse_network("192.0.2.7")
+    assert IPv6Network("2001:db8::/32") == parse_network("2001:db8::/32")
+
+
+def test_network_with_bits_of_a_host_is_refused() -> None:
+    """A CIDR that names one address of a network is answered with the network."""
+    with pytest.raises(ValueError, match=r"\(write 10.0.0.0/8\)"):
+        parse_network("10.1.2.3/8")
+
+
+@pytest.mark.parametrize("text", ["ads.example.com", "ads.example.com:8443", "[::1]:80", "a_b.tv"])
+def test_host_may_have_a_port(text: str) -> None:
+    """A host is a name or an address, with or without a port."""
+    check_host(text)
+
+
+@pytest.mark.parametrize("text", ["", ":80", "a:0", "a:65536", "a/b", "*.a", "-a", "[x]", "a b"])
+def test_bad_host_is_refused(text: str) -> None:
+    """A text that no URL could have as its host is refused."""
+    with pytest.raises(ValueError, match=r"\(write "):
+        check_host(text)
+
+
+def test_host_pattern_is_in_lower_case() -> None:
+    """A pattern for hosts may begin with a star, and is compared in lower case."""
+    assert "*.example.com" == parse_host_pattern("*.Example.com")
+    with pytest.raises(ValueError, match="is no host"):
+        parse_host_pattern("*")
+
+
+@pytest.mark.parametrize(
+    ("message", "url"),
+    [
+        ("is no absolute URL", "ads.example.com/vast"),
+        ("is no absolute URL", "ftp://ads.example.com"),
+        ("is no host", "https://"),
+        ("is no host", "https://:80/"),
+        ("a user and a password", "https://user:secret@ads.example.com/"),
+        ("a user and a password", "https://@ads.example.com/"),
+        ("a character that no URL can have", "https://ads.example.com/a b"),
+    ],
+)
+def test_bad_url_is_refused(message: str, url: str) -> None:
+    """A URL without scheme or host, with a password or with a space is refused."""
+    with pytest.raises(ValueError, match=message):
+        check_authority(url)
+
+
+def test_password_of_a_url_is_not_repeated() -> None:
+    """The message about a password in a URL does not have the password."""
+    with pytest.raises(ValueError, match=".") as caught:
+        check_authority("https://user:secret@ads.example.com/")
+
+    assert "secret" not in str(caught.value)
+
+
+def test_long_value_is_shown_cut() -> None:
+    """A message repeats the beginning of a long value only."""
+    assert LONGEST_SHOWN == len(shown("x" * 1000))
+    assert "'x'" == shown("x")

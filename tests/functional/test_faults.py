@@ -1,0 +1,315 @@
+"""
+Every fault of :mod:`tests.support.hostile`, at the entry, in the middle and at the end of a chain.
+
+All chains run at the beginning, a batch at a time, through one proxy; the tests then judge what
+came of each.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+from lxml import etree
+
+from tests.support.ad_server import AdServer, Reply
+from tests.support.hostile import (
+    EVIL_COOKIE,
+    FAULTS,
+    SMUGGLED,
+    Fault,
+    HostileServer,
+    Place,
+    Trap,
+    a_wrapper,
+    an_inline,
+)
+from tests.support.proxy import Proxy, running_proxy
+
+HOPS = 3
+"""Documents of each chain: two wrappers and an InLine."""
+DEADLINE = 0.5
+IN_TIME = DEADLINE + 0.1 + 0.05
+"""The deadline, what the proxy may take after it, and what the client of this test takes."""
+TRIES = 2
+"""A chain that was late has a second try: one busy moment of the machine is no failure."""
+BATCH = 12
+"""Chains at once."""
+GRACE = 0.3
+"""Seconds in which a ping that is sent twice would show."""
+MIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One fault at one hop."""
+
+    fault: Fault
+    hop: int
+
+    def __str__(self) -> str:
+        return f"{self.fault.name}-{self.hop}"
+
+
+@dataclass(slots=True)
+class Try:
+    """One run of a case, and what came of it."""
+
+    case: Case
+    name: str
+    status: int = 0
+    body: bytes = b""
+    seconds: float = 0.0
+    pings: tuple[tuple[str, ...], ...] = ()
+    """By hop, the codes that the hop's Error was requested with."""
+
+    @property
+    def ad_came(self) -> bool:
+        """Whether the chain's own ad is the answer."""
+        return (self.name,) == ad_ids(self.body)
+
+    @property
+    def expected_pings(self) -> int:
+        """How many wrappers have to be told."""
+        return 0 if self.ad_came else self.case.hop - 1
+
+    def key(self, hop: int) -> str:
+        """Give the key of the document of *hop*."""
+        return f"{self.name}-{hop}"
+
+
+@dataclass(slots=True)
+class Trial:
+    """What all the chains together left behind."""
+
+    tries: dict[Case, list[Try]] = field(default_factory=dict)
+    forbidden_connections: int = 0
+    forged_headers: list[str] = field(default_factory=list)
+    forged_cookies: list[str] = field(default_factory=list)
+    rss: tuple[int, int] = (0, 0)
+    """KiB before and after."""
+    descriptors: tuple[int, int] = (0, 0)
+    """Open files of the proxy before and after."""
+    last: Try | None = None
+    """A chain without a fault, after all the others."""
+
+
+CASES = [Case(fault, hop) for fault in FAULTS for hop in range(1, HOPS + 1)]
+
+
+def ad_ids(body: bytes) -> tuple[str, ...]:
+    """Give the ids of the ads of a VAST document."""
+    return tuple(ad.get("id", "") for ad in etree.fromstring(body).findall("{*}Ad"))
+
+
+def a_config(hostile: HostileServer) -> dict[str, object]:
+    """Give a config with an upstream and a route for each place that a URL can point to."""
+    names = {place: place.name.lower() for place in Place}
+    return {
+        "egress": {"allow": ["127.0.0.1/32"]},
+        "upstreams": {
+            name: {
+                "endpoint": f"{hostile.base(place)}/{{rest}}",
+                "session_params": [],
+                "timeout": "2s",
+            }
+            for place, name in names.items()
+        },
+        "routes": [
+            {
+                "path": f"/{name}/{{rest}}",
+                "upstreams": [name],
+                "deadline": f"{DEADLINE * 1000:.0f}ms",
+            }
+            for name in names.values()
+        ],
+    }
+
+
+def lay_out(run: Try, hostile: HostileServer, errors: AdServer) -> str:
+    """Store the chain's documents and give the path under which the proxy is asked for it."""
+    faults = dict.fromkeys(range(1, HOPS + 1), "ok") | {run.case.hop: run.case.fault.name}
+    urls = {hop: hostile.url(name, run.key(hop)) for hop, name in faults.items()}
+    for hop in range(1, HOPS):
+        error = errors.url(f"/{run.key(hop)}?code=[ERRORCODE]")
+        hostile.documents[run.key(hop)] = a_wrapper(urls[hop + 1], errors=[error])
+    error = errors.url(f"/{run.key(HOPS)}?code=[ERRORCODE]")
+    hostile.documents[run.key(HOPS)] = an_inline(run.name, errors=[error])
+    place = run.case.fault.place if run.case.hop == 1 else Place.PLAIN
+    return f"/{place.name.lower()}/{faults[1]}/{run.key(1)}"
+
+
+@dataclass(slots=True)
+class Runner:
+    """What a trial works with."""
+
+    proxy: Proxy
+    player: aiohttp.ClientSession
+    hostile: HostileServer
+    errors: AdServer
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    async def run(self, case: Case) -> Try:
+        """Ask once for the chain of *case*."""
+        run = Try(case, f"{case}-{next(self.numbers)}")
+        path = lay_out(run, self.hostile, self.errors)
+        begin = time.perf_counter()
+        async with self.player.get(self.proxy.base + path) as response:
+            run.status = response.status
+            run.body = await response.read()
+        run.seconds = time.perf_counter() - begin
+        return run
+
+    async def run_all(self, cases: list[Case]) -> dict[Case, list[Try]]:
+        """Ask for each of *cases*, and again for those that were late."""
+        tries: dict[Case, list[Try]] = {case: [] for case in cases}
+        late = cases
+        for _ in range(TRIES):
+            for start in range(0, len(late), BATCH):
+                for run in await asyncio.gather(*map(self.run, late[start : start + BATCH])):
+                    tries[run.case].append(run)
+            late = [case for case, runs in tries.items() if runs[-1].seconds > IN_TIME]
+        return tries
+
+    async def collect_pings(self, tries: list[Try]) -> None:
+        """Wait until every ping that is due has come, and note them all."""
+        due = sum(run.expected_pings for run in tries)
+        await asyncio.to_thread(wait_until, lambda: len(self.errors.requests) >= due)
+        await asyncio.sleep(GRACE)
+        for run in tries:
+            run.pings = tuple(
+                tuple(each.query for each in self.errors.seen(f"/{run.key(hop)}"))
+                for hop in range(1, HOPS + 1)
+            )
+
+
+def rss(pid: int) -> int:
+    """Give the resident memory of process *pid* in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def descriptors(pid: int) -> int:
+    """Give the number of open files of process *pid*."""
+    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 - only the number counts
+
+
+def wait_until(condition: Callable[[], bool], within: float = 5.0) -> None:
+    """Wait in a thread until *condition* holds, at most *within* seconds."""
+    ends = time.monotonic() + within
+    while not condition() and time.monotonic() < ends:
+        time.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def the_proxy(config: Mapping[str, object], directory: Path) -> AsyncIterator[Proxy]:
+    """Run the proxy without keeping the loop from the servers that it talks to."""
+    with contextlib.ExitStack() as stack:
+        proxy = await asyncio.to_thread(stack.enter_context, running_proxy(config, directory))
+        yield proxy
+        await asyncio.to_thread(stack.close)
+
+
+async def try_all(directory: Path) -> Trial:
+    """Run every case against one proxy."""
+    trial = Trial()
+    async with contextlib.AsyncExitStack() as stack:
+        trap = stack.enter_context(Trap("127.0.0.2"))
+        forbidden = f"http://127.0.0.2:{trap.port}/"
+        errors = await stack.enter_async_context(AdServer(fallback=Reply()))
+        hostiles = await stack.enter_async_context(contextlib.AsyncExitStack())
+        hostile = await hostiles.enter_async_context(HostileServer(forbidden=forbidden))
+        proxy = await stack.enter_async_context(the_proxy(a_config(hostile), directory))
+        unlimited = aiohttp.TCPConnector(limit=0)
+        player = await stack.enter_async_context(aiohttp.ClientSession(connector=unlimited))
+        runner = Runner(proxy, player, hostile, errors)
+        no_fault = Case(FAULTS[0], 1)
+        await asyncio.gather(*(runner.run(no_fault) for _ in range(BATCH)))
+        before = rss(proxy.pid), descriptors(proxy.pid)
+
+        trial.tries = await runner.run_all(CASES)
+
+        await runner.collect_pings([run for runs in trial.tries.values() for run in runs])
+        trial.last = await runner.run(no_fault)
+        trial.forbidden_connections = trap.reached
+        trial.forged_headers = [each.name for each in hostile.seen if each.header("x-evil")]
+        trial.forged_cookies = [
+            each.name for each in hostile.seen if EVIL_COOKIE in (each.header("cookie") or "")
+        ]
+        await hostiles.aclose()
+        await asyncio.to_thread(wait_until, lambda: descriptors(proxy.pid) <= before[1])
+        trial.rss = before[0], rss(proxy.pid)
+        trial.descriptors = before[1], descriptors(proxy.pid)
+    return trial
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """Give what came of all the chains."""
+    return asyncio.run(try_all(tmp_path_factory.mktemp("faults")))
+
+
+def test_faults_are_told_apart() -> None:
+    """Each fault has a name and a description of its own, and at least one outcome."""
+    assert len(FAULTS) == len({each.name for each in FAULTS})
+    assert len(FAULTS) == len({each.description for each in FAULTS})
+    assert [] == [each.name for each in FAULTS if not each.codes]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_answer(trial: Trial, case: Case) -> None:
+    """Whatever an ad server does, the player is answered a VAST document with status 200."""
+    for run in trial.tries[case]:
+        assert 200 == run.status
+        assert "VAST" == etree.QName(etree.fromstring(run.body)).localname
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_time(trial: Trial, case: Case) -> None:
+    """Whatever an ad server does, the player waits for the deadline and no longer."""
+    assert IN_TIME >= min(run.seconds for run in trial.tries[case])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ad(trial: Trial, case: Case) -> None:
+    """The ad comes where the fault is harmless, none where it is fatal, and never another one."""
+    for run in trial.tries[case]:
+        allowed = {True} if case.fault.harmless else {False} if case.fault.fatal else {True, False}
+
+        assert run.ad_came in allowed
+        assert run.ad_came or () == ad_ids(run.body)
+        assert SMUGGLED not in run.body
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_codes(trial: Trial, case: Case) -> None:
+    """Each wrapper above a fault is told its code once; nobody is told where the ad came."""
+    for run in trial.tries[case]:
+        told = [set(queries) for queries in run.pings if queries]
+        codes = {f"code={code}" for code in case.fault.codes if code}
+        expected = [1] * run.expected_pings + [0] * (HOPS - run.expected_pings)
+
+        assert expected == [len(queries) for queries in run.pings]
+        assert set() == set().union(*told) - codes
+        assert len(set().union(*told)) <= 1
+
+
+def test_nothing_forged(trial: Trial) -> None:
+    """No hop leads to a forbidden address, and no field or cookie is smuggled in."""
+    assert 0 == trial.forbidden_connections
+    assert [] == trial.forged_headers
+    assert [] == trial.forged_cookies
+
+
+def test_nothing_left_behind(trial: Trial) -> None:
+    """After all the faults the proxy answers as before, and holds no more memory or sockets."""
+    assert trial.last is not None
+    assert trial.last.ad_came
+    assert trial.rss[0] + 50 * MIB > trial.rss[1]
+    assert trial.descriptors[0] + 10 >= trial.descriptors[1]

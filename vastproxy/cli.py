@@ -1,0 +1,176 @@
+"""The commands. What they print for people goes through rich; what is for programs does not."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vastproxy import __version__
+from vastproxy.config.load import load
+from vastproxy.config.schema import Config, json_schema
+from vastproxy.config.units import parse_duration, parse_network
+from vastproxy.errors import ConfigError
+
+DEFAULT_CONFIG = "config.yaml"
+
+_config_option = click.option(
+    "-c",
+    "--config",
+    "path",
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The configuration file.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vastproxy")
+def main() -> None:
+    """Put a proxy in front of video ad servers, and get one VAST InLine out of every chain."""
+
+
+def _loaded(path: Path) -> Config:
+    """Read the configuration, or say everything that is wrong with it and exit with 1."""
+    try:
+        return load(path, os.environ)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(1) from None
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> None:
+    """Run *work* on uvloop where there is one."""
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        factory = asyncio.new_event_loop
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(work)
+
+
+@main.command()
+@_config_option
+def serve(path: Path) -> None:
+    """Run the proxy until SIGTERM or SIGINT."""
+    from vastproxy.app import serve as serve_config  # noqa: PLC0415 - other commands start faster
+    from vastproxy.observe import log  # noqa: PLC0415
+
+    config = _loaded(path)
+    log.configure(config.log.level, config.log.format)
+    try:
+        _run(serve_config(config))
+    except OSError as error:
+        click.echo(f"vastproxy cannot listen: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+@main.command()
+@_config_option
+def check(path: Path) -> None:
+    """Check the configuration: every mistake at once, with its place and what to write instead."""
+    config = _loaded(path)
+    click.echo(
+        f"{path}: all is well ({len(config.routes)} routes, {len(config.upstreams)} upstreams)"
+    )
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of config.yaml, for editors."""
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _network(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+    try:
+        return tuple(parse_network(each) for each in values)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@main.command()
+@click.argument("source", metavar="URL|FILE|-")
+@click.option(
+    "--egress-allow",
+    "allow",
+    multiple=True,
+    metavar="CIDR",
+    callback=_network,
+    help="A network that hops may reach although it is private. May be repeated.",
+)
+@click.option("--max-hops", default=5, show_default=True, type=click.IntRange(0, 20))
+@click.option(
+    "--timeout",
+    default="10s",
+    show_default=True,
+    callback=_duration,
+    help="For the whole chain: 800ms, 2s.",
+)
+@click.option(
+    "--format",
+    "style",
+    default="vast",
+    show_default=True,
+    type=click.Choice(["vast", "tree", "json"]),
+    help="The resolved document, the tree of hops for people, or both for programs.",
+)
+def resolve(source: str, allow: tuple[Any, ...], max_hops: int, timeout: float, style: str) -> None:
+    """
+    Resolve one tag without a server, and say what happened.
+
+    Nothing is told to <Error> URIs: who debugs a tag must not raise its publisher's error counts.
+    """
+    from vastproxy.explain import Question, print_answer, resolved  # noqa: PLC0415
+    from vastproxy.observe import log  # noqa: PLC0415
+
+    log.configure("error", "console")
+    question = Question(source, _document(source), allow, max_hops, timeout)
+
+    async def answer() -> None:
+        print_answer(await resolved(question), style)
+
+    _run(answer())
+
+
+def _document(source: str) -> bytes | None:
+    """Read the document that *source* names; None for a URL."""
+    if source == "-":
+        return sys.stdin.buffer.read()
+    if source.lower().startswith(("http://", "https://")):
+        return None
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise click.ClickException(
+            f"{source!r} is neither a URL (http://, https://) nor a file that can be read: {error}"
+        ) from None
+
+
+@main.command()
+@_config_option
+def demo(path: Path) -> None:
+    """Start three small ad servers, the proxy, and a page that shows a chain being resolved."""
+    from vastproxy.demo.run import config_path, run  # noqa: PLC0415
+    from vastproxy.observe import log  # noqa: PLC0415
+
+    config = _loaded(config_path(path))
+    log.configure("warning", config.log.format)
+    try:
+        _run(run(config, click.echo))
+    except OSError as error:
+        click.echo(f"the demo cannot listen: {error}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,451 @@
+"""
+Read config.yaml: the only place where configuration comes in.
+
+Rule 1: any text gives a :class:`Config` or a :class:`ConfigError`, in bounded time and memory.
+Rule 2: all mistakes are told at once, each with its line, its place, and what to write instead.
+Rule 3: a scalar is taken as the text that stands there. YAML's guesses (``off`` is false, ``1:30``
+is ninety) never happen; the type of the setting decides.
+Rule 4: what came from an environment variable may be a secret, and is in no message.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from vastproxy.config.schema import Config, json_schema, settings_at
+from vastproxy.config.template import Template
+from vastproxy.config.units import shown
+from vastproxy.errors import ConfigError
+
+Place = tuple[str | int, ...]
+"""Where something stands: names of settings, and indexes of lists."""
+Pair = tuple[str, yaml.Node, yaml.Node]
+"""The text of a key, its node, the node of its value."""
+
+MAX_FILE: Final = 1024 * 1024
+"""Bytes. A route takes about 200: this is room for thousands."""
+MAX_ALIASES: Final = 100
+"""Uses of YAML's ``*name``. Kubernetes bounds their share since CVE-2019-11253; this is simpler."""
+MAX_DEPTH: Final = 50
+"""Levels of nesting, aliases followed. The schema has six."""
+MAX_VALUES: Final = 100_000
+"""Values, aliases followed. A file of the longest size without aliases stays below."""
+SHORTEST_SECRET: Final = 4
+"""Characters. Shorter values of variables are words such as ``on``, which messages need."""
+
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = frozenset(
+    _TAG + each for each in ("null", "bool", "int", "float", "str", "timestamp", "value", "merge")
+)
+
+
+_NO_TEXT = "{value} is no text (put text with braces or brackets in quotes)"
+_NO_INTEGER = "{value} is no whole number (write one such as 5)"
+_NO_BOOLEAN = "{value} is neither true nor false (write true or false)"
+_NO_SECTION = "{value} is no section (write indented lines of `name: value`)"
+# The types of errors that pydantic knows, in the words of an operator.
+_WORDS: Final[Mapping[str, str]] = {
+    "missing": "it is missing (add it)",
+    "literal_error": "{value} is no choice here (write {expected})",
+    "greater_than_equal": "{value} is too little (write {ge} or more)",
+    "less_than_equal": "{value} is too much (write {le} or less)",
+    "bool_parsing": _NO_BOOLEAN,
+    "bool_type": _NO_BOOLEAN,
+    "int_parsing": _NO_INTEGER,
+    "int_parsing_size": _NO_INTEGER,
+    "int_type": _NO_INTEGER,
+    "tuple_type": "{value} is no list (write one such as [first, second])",
+    "dict_type": _NO_SECTION,
+    "mapping_type": _NO_SECTION,
+    "model_type": _NO_SECTION,
+    "string_type": _NO_TEXT,
+    "string_unicode": _NO_TEXT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One mistake, not yet tied to a line."""
+
+    place: Place
+    message: str
+    line: int | None = None
+    """Where it is not the line of *place*."""
+
+
+def load(path: Path, environ: Mapping[str, str]) -> Config:
+    """Read the file at *path*, with variables of *environ* put in; or raise ConfigError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE + 1).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(str(path), ("there is no such file (give its path with -c)",)) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), (_unreadable(error),)) from None
+    return loads(text, source=str(path), environ=environ)
+
+
+def loads(text: str, *, source: str, environ: Mapping[str, str]) -> Config:
+    """Read *text*, which messages call *source*; or raise ConfigError."""
+    try:
+        root = _compose(text)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ConfigError(source, (_syntax_problem(error, text),)) from None
+    if root is None:
+        raise ConfigError(source, ("it is empty (write at least `upstreams` and `routes`)",))
+    if not isinstance(root, yaml.MappingNode):
+        problem = "the file is one text or list (write sections such as `upstreams:`)"
+        raise ConfigError(source, (f"line {_line(root)}: {problem}",))
+    reader = _Reader(environ)
+    data = reader.read(root, ())
+    config, found = _validated(data)
+    faults = [*reader.faults, *(each for each in found if not reader.lost(each.place))]
+    if config is None or faults:
+        raise ConfigError(source, _problems(faults, reader))
+    return config
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"line {line}: a byte here is no UTF-8 (save the file as UTF-8)"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"the file cannot be read: {reason} (give the path of a readable file with -c)"
+
+
+# From text to nodes
+
+
+class _LimitError(yaml.MarkedYAMLError):
+    """YAML that is well-formed and yet refused."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes, within limits; constructs nothing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._aliases = 0
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as in PyYAML
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._aliases += isinstance(event, yaml.AliasEvent)
+        self._depth += 1
+        if self._aliases > MAX_ALIASES:
+            raise _limit(
+                f"more than {MAX_ALIASES} aliases", "write some of them out", event.start_mark
+            )
+        if self._depth > MAX_DEPTH:
+            raise _limit(
+                f"nested deeper than {MAX_DEPTH} levels", "look at the brackets", event.start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _compose(text: str) -> yaml.Node | None:
+    if len(text) > MAX_FILE or len(text.encode("utf-8", "surrogatepass")) > MAX_FILE:
+        raise _LimitError(problem="the file is longer than 1MiB (write fewer or shorter settings)")
+    loader = _Loader(text)
+    try:
+        root: yaml.Node | None = loader.get_single_node()
+    finally:
+        loader.dispose()
+    if root is not None:
+        _weigh(root, {})
+    return root
+
+
+def _weigh(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Count the values and levels of *node* as if its aliases were written out."""
+    if id(node) in known:
+        weight = known[id(node)]
+        if weight is None:
+            raise _limit(
+                "an alias stands inside of what it repeats", "write it out", node.start_mark
+            )
+        return weight
+    known[id(node)] = None
+    weights = [_weigh(each, known) for each in _children(node)]
+    size = 1 + sum(size for size, _ in weights)
+    depth = 1 + max((depth for _, depth in weights), default=0)
+    if size > MAX_VALUES or depth > MAX_DEPTH:
+        raise _limit("too much is repeated by aliases", "write some of them out", node.start_mark)
+    known[id(node)] = size, depth
+    return size, depth
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key
+            yield value
+
+
+def _limit(problem: str, instead: str, mark: Any) -> _LimitError:  # noqa: ANN401 - PyYAML has two
+    return _LimitError(problem=f"{problem} ({instead})", problem_mark=mark)
+
+
+def _syntax_problem(error: Exception, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"line {line}: the character U+{error.character:04X} may not be in YAML (remove it)"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return "a number or an escape of YAML is out of range (write the character itself)"
+    mark = error.problem_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    if isinstance(error, _LimitError):
+        return f"{where}{error.problem}"
+    advice = (
+        "indent with spaces"
+        if "'\\t'" in str(error.problem)
+        else ("look at the indentation, colons and quotes here and on the line before")
+    )
+    return f"{where}the YAML cannot be read: {error.problem} ({advice})"
+
+
+# From nodes to text, lists and mappings
+
+
+class _Reader:
+    """Turns nodes into plain values, puts in variables, and notes what is wrong."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.faults: list[Fault] = []
+        self._environ = environ
+        self._lines: dict[Place, int] = {(): 1}
+        self._lost: set[Place] = set()
+        self._variables: dict[Place, list[tuple[str, str]]] = {}
+
+    def read(self, node: yaml.Node, place: Place) -> object:
+        """Give the value of *node*, which stands at *place*; note faults on the way."""
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+            return self._mapping(node, place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+            return self._list(node, place)
+        if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
+            return None if node.tag == f"{_TAG}null" else self._text(node.value, place)
+        self._lose(place, f"the tag {shown(node.tag)} means nothing here (remove it)")
+        return None
+
+    def lost(self, place: Place) -> bool:
+        """Tell whether a fault at *place* only follows from one that is noted already."""
+        return any(place[:length] in self._lost for length in range(len(place) + 1))
+
+    def located(self, fault: Fault) -> tuple[int, Place]:
+        """Give the line of *fault*, and so much of its place as the file has."""
+        place = fault.place
+        known = next(n for n in range(len(place), -1, -1) if place[:n] in self._lines)
+        # A missing setting keeps its name; an index into what is no list, and pydantic's mark
+        # for a wrong key, mean nothing to the reader.
+        missing = known < len(place) and isinstance(place[known], str) and place[known] != "[key]"
+        return fault.line or self._lines[place[:known]], place[: known + missing]
+
+    def concealed(self, fault: Fault) -> str:
+        """Give the message of *fault* without the values of environment variables."""
+        message = fault.message
+        for place, variables in self._variables.items():
+            if place[: len(fault.place)] == fault.place or fault.place[: len(place)] == place:
+                message = _without(message, variables)
+        return message
+
+    def _list(self, node: yaml.SequenceNode, place: Place) -> list[object]:
+        for index, each in enumerate(node.value):
+            self._lines[*place, index] = _line(each)
+        return [self.read(each, (*place, index)) for index, each in enumerate(node.value)]
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, object]:
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                message = "a key is a list or a mapping (write plain text)"
+                self.faults.append(Fault(place, message, _line(key)))
+            elif key.tag != f"{_TAG}merge" and first.setdefault(key.value, key) is not key:
+                message = f"it is there twice, first on line {_line(first[key.value])} (keep one)"
+                self.faults.append(Fault((*place, key.value), message, _line(key)))
+        values: dict[str, object] = {}
+        for text, key, value in _pairs(node):
+            self._lines[*place, text] = _line(key)
+            values[text] = self.read(value, (*place, text))
+        return values
+
+    def _text(self, text: str, place: Place) -> str | None:
+        variables: list[tuple[str, str]] = []
+        missing: list[str] = []
+
+        def value(found: re.Match[str]) -> str:
+            name = found[1]
+            if name is None:
+                return "${"
+            if name not in self._environ or not found[0].endswith("}"):
+                missing.append(name)
+                return ""
+            variables.append((name, self._environ[name]))
+            return self._environ[name]
+
+        filled = _VARIABLE.sub(value, text)
+        if variables:
+            self._variables[place] = variables
+        for name in missing:
+            self._lose(place, _missing_variable(name))
+        return None if missing else filled
+
+    def _lose(self, place: Place, message: str) -> None:
+        self._lost.add(place)
+        self.faults.append(Fault(place, message))
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _missing_variable(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        return f"the environment variable {name} is not set (set it; for the text, write $${{)"
+    return f"{shown(f'${{{name}')} begins no variable (write ${{NAME}}; for the text, write $${{)"
+
+
+def _without(message: str, variables: Iterable[tuple[str, str]]) -> str:
+    for name, value in variables:
+        if len(value) >= SHORTEST_SECRET:
+            message = message.replace(value, f"${{{name}}}")
+            message = message.replace(repr(value)[1:-1], f"${{{name}}}")
+    return message
+
+
+def _pairs(node: yaml.MappingNode) -> list[Pair]:
+    """List the keys and values of *node*: its own, then what ``<<`` adds to them."""
+    own: dict[str, Pair] = {}
+    merged: list[yaml.Node] = []
+    for key, value in node.value:
+        if key.tag == f"{_TAG}merge":
+            merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        elif isinstance(key, yaml.ScalarNode):
+            own.setdefault(key.value, (key.value, key, value))
+    for each in merged:
+        for pair in _pairs(each) if isinstance(each, yaml.MappingNode) else ():
+            own.setdefault(pair[0], pair)
+    return list(own.values())
+
+
+# From faults to lines of text
+
+
+def _validated(data: object) -> tuple[Config | None, list[Fault]]:
+    between = list(_faults_between_sections(data))
+    try:
+        return Config.model_validate(data), between
+    except ValidationError as error:
+        whole = json_schema()
+        return None, [*(_fault(each, whole) for each in error.errors()), *between]
+
+
+def _problems(faults: Iterable[Fault], reader: _Reader) -> tuple[str, ...]:
+    told = set()
+    for fault in faults:
+        line, place = reader.located(fault)
+        path = ".".join(str(step)[:60] for step in place)
+        message = f"{path}: {reader.concealed(fault)}" if path else reader.concealed(fault)
+        told.add((line, f"line {line}: {message}"))
+    return tuple(text for _, text in sorted(told))
+
+
+def _fault(error: ErrorDetails, whole: dict[str, Any]) -> Fault:
+    if error["type"] == "extra_forbidden":
+        *section, name = error["loc"]
+        return Fault(error["loc"], _unknown_setting(str(name), settings_at(tuple(section), whole)))
+    return Fault(error["loc"], _explained(error))
+
+
+def _unknown_setting(name: str, names: tuple[str, ...]) -> str:
+    near = get_close_matches(name[:64], names, n=1)
+    advice = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+    return f"unknown setting {shown(name)} ({advice})"
+
+
+def _explained(error: ErrorDetails) -> str:
+    """Put pydantic's *error* into the words of an operator."""
+    value, context = error["input"], error.get("ctx", {})
+    if error["type"] == "value_error":
+        return str(context["error"])
+    if value is None:
+        return "nothing is written here (write a value, or remove this line)"
+    words = _WORDS.get(error["type"])
+    if words is None:
+        return f"{shown(value)}: {error['msg']} (write another value)"
+    return words.format_map({"value": shown(value), **context})
+
+
+# What needs two sections
+
+
+def _faults_between_sections(data: object) -> Iterator[Fault]:
+    """
+    Compare routes with each other and with upstreams.
+
+    This works on plain values, so that one wrong setting does not hide what else is wrong.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("routes"), list):
+        return
+    upstreams = data.get("upstreams")
+    first: dict[object, int] = {}
+    for index, route in enumerate(data["routes"]):
+        if not isinstance(route, dict):
+            continue
+        path = route.get("path")
+        if isinstance(path, str) and first.setdefault(path, index) != index:
+            message = f"routes.{first[path]} has the path {shown(path)} already (write another)"
+            yield Fault(("routes", index, "path"), message)
+        if isinstance(upstreams, dict):
+            yield from _faults_of_upstreams(index, route, upstreams)
+
+
+def _faults_of_upstreams(
+    index: int, route: dict[str, object], upstreams: dict[str, object]
+) -> Iterator[Fault]:
+    names, path = route.get("upstreams"), route.get("path")
+    for position, name in enumerate(names if isinstance(names, list) else [names]):
+        place = ("routes", index, "upstreams", position)
+        if not isinstance(name, str) or not name.strip():
+            continue
+        if name not in upstreams:
+            yield Fault(place, _unknown_upstream(name, tuple(upstreams)))
+        elif (
+            isinstance(path, str) and not path.endswith("/{rest}") and _takes_rest(upstreams[name])
+        ):
+            message = f"{shown(name)} uses {{rest}}, but the path has none (end it in /{{rest}})"
+            yield Fault(place, message)
+
+
+def _unknown_upstream(name: str, names: tuple[str, ...]) -> str:
+    near = get_close_matches(name[:64], names, n=1)
+    advice = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+    return f"no upstream is called {shown(name)} ({advice})"
+
+
+def _takes_rest(upstream: object) -> bool:
+    if not isinstance(upstream, dict):
+        return False
+    texts = [upstream.get("endpoint")]
+    for section in (upstream.get("params"), upstream.get("headers")):
+        texts += section.values() if isinstance(section, dict) else ()
+    return any(_uses_rest(text) for text in texts if isinstance(text, str))
+
+
+def _uses_rest(text: str) -> bool:
+    try:
+        return Template.parse(text).uses_rest
+    except ValueError:
+        return False

@@ -1,0 +1,621 @@
+"""
+Every setting of config.yaml: its type, its default, what it means.
+
+Rule 1: a setting that does not exist is an error, never ignored.
+Rule 2: a message says what is wrong and, in parentheses, what to write instead.
+Rule 3: defaults stand here as an operator would write them.
+Rule 4: what can be read off one section is checked here; what needs two is in ``load.py``.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+
+from vastproxy.config.template import Template
+from vastproxy.config.units import (
+    DURATION_PATTERN,
+    MAX_PORT,
+    SIZE_PATTERN,
+    TOKEN_PATTERN,
+    Listen,
+    Network,
+    Source,
+    check_authority,
+    parse_duration,
+    parse_host_pattern,
+    parse_network,
+    parse_size,
+    shown,
+)
+
+__all__ = [
+    "Config",
+    "Egress",
+    "Listen",
+    "Log",
+    "Network",
+    "Route",
+    "Server",
+    "Source",
+    "Template",
+    "Upstream",
+    "UpstreamMacros",
+    "json_schema",
+    "known_macro",
+    "settings_at",
+]
+
+T = TypeVar("T")
+Spelling = Literal["encoded", "lowercase", "percent", "braces", "brace", "dollar", "underscore"]
+
+MAX_BODY: Final = 2 * 1024 * 1024
+"""Bytes of one ad server's answer. The largest of the IAB's samples has 22 KiB."""
+MIN_DEADLINE: Final = 0.05
+"""Seconds. One round trip between continents takes longer: less can never give an ad."""
+MAX_HOPS: Final = 20
+"""Wrappers. VAST 4.3 section 2.4.5 recommends five; 20 leaves room and still ends."""
+RESERVED_PATHS: Final = ("/hop", "/beacon")
+"""Where the proxy's own URLs are, with all that is below them."""
+UNSETTABLE_HEADERS: Final = frozenset(
+    "connection content-length host keep-alive proxy-authenticate proxy-authorization "  # noqa: SIM905 - a table
+    "proxy-connection te trailer transfer-encoding upgrade".split()
+)
+"""Headers of the connection (RFC 9110 section 7.6.1) or of the message itself."""
+REGISTERED_MACROS: Final = frozenset(
+    "ADCATEGORIES ADCOUNT ADPLAYHEAD ADSERVINGID ADTYPE APIFRAMEWORKS APPBUNDLE ASSETURI "  # noqa: SIM905 - a table
+    "BLOCKEDADCATEGORIES BREAKMAXADLENGTH BREAKMAXADS BREAKMAXDURATION BREAKMINADLENGTH "
+    "BREAKPOSITION CACHEBUSTING CLICKPOS CLICKTYPE CLIENTUA CONTENTCAT CONTENTID "
+    "CONTENTPLAYHEAD CONTENTURI DEVICEIP DEVICEUA DOMAIN DSAPARAMS DSAPUBRENDER DSAREQUIRED "
+    "ERRORCODE EXTENSIONS GDPRCONSENT GPPSECTIONID GPPSTRING IFA IFATYPE INVENTORYSTATE "
+    "LATLONG LIMITADTRACKING MEDIAMIME MEDIAPLAYHEAD OMIDPARTNER PAGEURL PLACEMENTTYPE "
+    "PLAYBACKMETHODS PLAYERCAPABILITIES PLAYERSIZE PLAYERSTATE PODSEQUENCE REASON REGULATIONS "
+    "SERVERSIDE SERVERUA STOREID STOREURL TIMESTAMP TRANSACTIONID UNIVERSALADID VASTVERSIONS "
+    "VERIFICATIONVENDORS".split()
+)
+"""The macros of VAST 4.3 section 6 and of the IAB's list since."""
+KNOWN_MACROS: Final = REGISTERED_MACROS | {"BREAKMINDURATION", "CORRELATOR"}
+"""Also a name that only early drafts of VAST 4 and players have, and the proxy's own."""
+PROXY_MACROS: Final = frozenset(
+    "CACHEBUSTING CORRELATOR DEVICEIP DEVICEUA ERRORCODE "  # noqa: SIM905 - a table
+    "SERVERSIDE TIMESTAMP TRANSACTIONID".split()
+)
+"""What the proxy alone knows; no config can set these."""
+
+
+def known_macro(name: str) -> str:
+    """Give *name* back if it is a known macro's; raise ValueError with the nearest if not."""
+    if name in KNOWN_MACROS:
+        return name
+    near = get_close_matches(name.strip("[]{}%$_").upper(), sorted(KNOWN_MACROS), n=1)
+    advice = f"did you mean {near[0]}?" if near else "write a name such as IFA, without brackets"
+    raise ValueError(f"{shown(name)} is no registered macro ({advice})")
+
+
+def _settable_macro(name: str) -> str:
+    if known_macro(name) in PROXY_MACROS:
+        raise ValueError(f"{name} is filled by the proxy and cannot be set (remove this line)")
+    return name
+
+
+def _upstream_name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return name
+    raise ValueError(
+        f"{shown(name)} is no name for an upstream (write 1 to 64 letters, digits, - and _)"
+    )
+
+
+def _header_name(name: str) -> str:
+    if not re.fullmatch(TOKEN_PATTERN, name):
+        raise ValueError(f"{shown(name)} is no name of a header (write a name such as X-Api-Key)")
+    if name.lower() in UNSETTABLE_HEADERS:
+        raise ValueError(f"the header {name} belongs to the connection (remove this line)")
+    return name
+
+
+def _each_header_once(headers: Mapping[str, Template]) -> Mapping[str, Template]:
+    seen: set[str] = set()
+    for name in headers:
+        if name.lower() in seen:
+            raise ValueError(f"the header {name} is there twice, in two cases (keep one of them)")
+        seen.add(name.lower())
+    return headers
+
+
+def _check_clashes(listeners: tuple[Listen, ...]) -> None:
+    for index, one in enumerate(listeners):
+        for other in listeners[:index]:
+            if one.clashes(other):
+                raise ValueError(f"'{one}' is taken by '{other}' (write another port or path)")
+
+
+def _header_value(value: Template) -> Template:
+    literal = "".join(part for part in value.parts if isinstance(part, str))
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", literal):
+        raise ValueError(
+            f"{shown(value.text)} has a line break or another control character, which no header "
+            "may have (write it on one line)"
+        )
+    return value
+
+
+def _cookie_name(name: str) -> str:
+    if re.fullmatch(TOKEN_PATTERN, name):
+        return name
+    raise ValueError(f"{shown(name)} is no name of a cookie (write a name such as uid)")
+
+
+def _present(text: str) -> str:
+    if text.strip():
+        return text
+    raise ValueError("the text is empty (write a name, or remove this line)")
+
+
+def _public_url(url: str) -> str:
+    check_authority(url)
+    if re.search(r"[?#]", url):
+        raise ValueError(f"{shown(url)} has more than a path (write it without ? and #)")
+    return url.rstrip("/")
+
+
+def _endpoint(value: Template) -> Template:
+    """Raise ValueError if a request could decide on a part of the host."""
+    if value.starts_with_placeholder:
+        return value
+    first = value.parts[0] if value.parts else ""
+    url = "".join("x" if not isinstance(part, str) else part for part in value.parts)
+    if len(value.parts) > 1 and not re.match(r"https?://[^/?#]*[/?#]", str(first), re.IGNORECASE):
+        raise ValueError(
+            f"{shown(value.text)} has a placeholder in its host "
+            "(write the host itself, or begin with the placeholder and list the hosts in `hosts`)"
+        )
+    check_authority(url)
+    if "#" in url:
+        raise ValueError(f"{shown(value.text)} has a fragment, which is never sent (write %23)")
+    return value
+
+
+def _one_process(workers: int) -> int:
+    if workers == 1:
+        return workers
+    raise ValueError(f"{workers} workers: this version runs one process (write 1)")
+
+
+def _in_memory(state: str) -> str:
+    if state == "memory://":
+        return state
+    raise ValueError(f"{shown(state)}: this version keeps its state in memory (write memory://)")
+
+
+def _mode(mode: object) -> object:
+    if mode == "rewrite":
+        raise ValueError(
+            "'rewrite': this version has two modes only (write resolve or passthrough)"
+        )
+    return mode
+
+
+def _route_path(path: str) -> str:
+    stem = path.removesuffix("/{rest}")
+    if not path.startswith("/"):
+        raise ValueError(f"{shown(path)} is no path (begin it with /)")
+    if stem.endswith("/{rest}") or re.search(r"[{}]", stem):
+        raise ValueError(f"{shown(path)} has a brace (only /{{rest}} at the end is possible)")
+    if not re.fullmatch(r"[!-~]*", stem) or re.search(r"[?#]", stem):
+        raise ValueError(
+            f"{shown(path)} has a character that no path can have (percent-encode it, "
+            "and leave ? and what follows to the player)"
+        )
+    if {".", ".."} & set(stem.split("/")):
+        raise ValueError(f"{shown(path)} has a dot segment (write the path that is meant)")
+    for reserved in RESERVED_PATHS:
+        if stem == reserved or stem.startswith(f"{reserved}/"):
+            raise ValueError(f"{reserved} is kept for the proxy's own URLs (write another path)")
+    return path
+
+
+def _deadline(seconds: float) -> float:
+    if seconds >= MIN_DEADLINE:
+        return seconds
+    raise ValueError(f"{seconds * 1000:g}ms is too short for any ad server (write 50ms or more)")
+
+
+def _max_body(size: int) -> int:
+    if size <= MAX_BODY:
+        return size
+    raise ValueError(f"{size} bytes are more than one answer may have (write 2MiB or less)")
+
+
+def _correlator_source(value: Source) -> Source:
+    if value.kind != "cookie":
+        return value
+    raise ValueError(f"'{value}' is a cookie (write query:{value.name} or header:{value.name})")
+
+
+def _forward_query(value: object) -> Literal["all", "none"] | tuple[str, ...]:
+    if value == "all":
+        return "all"
+    if value == "none":
+        return "none"
+    if isinstance(value, (list, tuple)) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    raise ValueError(f"{shown(value)} is no choice here (write all, none or a list: [slot, uid])")
+
+
+def _some(values: T) -> T:
+    if values:
+        return values
+    raise ValueError("it is empty (write at least one)")
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, (str, Listen)) else value
+
+
+def _listed_or_none(value: object) -> object:
+    return () if value is None else _listed(value)
+
+
+def _reading(parse: Callable[[str], T], kind: type | UnionType) -> Callable[[object], T]:
+    """Make a validator that *parse*s text and lets through what is of *kind* already."""
+
+    def read(value: object) -> T:
+        if isinstance(value, kind):
+            return cast("T", value)
+        if isinstance(value, str):
+            return parse(value)
+        if value is None:
+            raise ValueError("nothing is written here (write a value, or remove this line)")
+        raise ValueError(f"{shown(value)} is no text (put text with braces or brackets in quotes)")
+
+    return read
+
+
+def _text_schema(pattern: str | None = None) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string"} | ({"pattern": pattern} if pattern else {}))
+
+
+_AS_TEXT = PlainSerializer(str)
+
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
+Name = Annotated[str, AfterValidator(_present)]
+Duration = Annotated[
+    float, PlainValidator(_reading(parse_duration, float)), _text_schema(DURATION_PATTERN)
+]
+Size = Annotated[int, PlainValidator(_reading(parse_size, int)), _text_schema(SIZE_PATTERN)]
+Text = Annotated[
+    Template, PlainValidator(_reading(Template.parse, Template)), _text_schema(), _AS_TEXT
+]
+Place = Annotated[Source, PlainValidator(_reading(Source.parse, Source)), _text_schema(), _AS_TEXT]
+Address = Annotated[
+    Listen, PlainValidator(_reading(Listen.parse, Listen)), _text_schema(), _AS_TEXT
+]
+Addresses = Annotated[
+    tuple[Address, ...],
+    AfterValidator(_some),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+]
+Cidr = Annotated[
+    Network,
+    PlainValidator(_reading(parse_network, Network)),
+    _text_schema(),
+    _AS_TEXT,
+]
+HostPattern = Annotated[str, AfterValidator(parse_host_pattern)]
+Headers = Annotated[
+    Mapping[
+        Annotated[str, AfterValidator(_header_name)], Annotated[Text, AfterValidator(_header_value)]
+    ],
+    AfterValidator(_each_header_once),
+]
+SettableMacro = Annotated[str, AfterValidator(_settable_macro)]
+
+
+def _setting(default: object, about: str) -> Any:  # noqa: ANN401 - validated, whatever it is
+    """Declare a setting with its *default* as it would be written, and what it is *about*."""
+    return Field(default, description=about, validate_default=True)
+
+
+class Settings(BaseModel):
+    """A section of config.yaml: frozen, and strict about what it is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Server(Settings):
+    """The listeners, and what is true for all routes."""
+
+    listen: Addresses = _setting(
+        "127.0.0.1:8080",
+        "Where players are answered: host:port, :port, [v6]:port unix:/path or a list of these.",
+    )
+    admin: Annotated[
+        tuple[Address, ...],
+        BeforeValidator(_listed_or_none, json_schema_input_type=str | list[str] | None),
+    ] = _setting(
+        "127.0.0.1:8081",
+        "Where health, metrics and the inspector are served: written like `listen`, on a loopback "
+        "address or a Unix socket only; null switches it off.",
+    )
+    workers: Annotated[int, AfterValidator(_one_process)] = _setting(
+        1, "How many processes serve. This version runs one."
+    )
+    public_url: Annotated[str, AfterValidator(_public_url)] | None = _setting(
+        None, "The URL under which players reach the proxy; null: as each request came in."
+    )
+    trusted_proxies: tuple[Cidr, ...] = _setting(
+        [], "Networks whose X-Forwarded-For, X-Device-* and X-Request-Id headers are believed."
+    )
+    shutdown_timeout: Duration = _setting(
+        "10s", "How long requests in flight may go on after the signal to stop."
+    )
+    keepalive_timeout: Duration = _setting(
+        "75s", "How long an idle connection of a player is kept open."
+    )
+    max_requests_in_flight: Count = _setting(
+        2000, "Ad requests served at one time; beyond it, an empty VAST is answered at once."
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_once(cls, value: tuple[Listen, ...]) -> tuple[Listen, ...]:
+        _check_clashes(value)
+        return value
+
+    @field_validator("admin")
+    @classmethod
+    def _admin_is_local(cls, value: tuple[Listen, ...], info: ValidationInfo) -> tuple[Listen, ...]:
+        for each in value:
+            if not each.is_local:
+                raise ValueError(
+                    f"'{each}' can be reached from other machines, and this version has no "
+                    "password for it (write 127.0.0.1:8081, unix:/run/admin.sock or null)"
+                )
+        _check_clashes((*info.data.get("listen", ()), *value))
+        return value
+
+
+class Log(Settings):
+    """What is written to standard error, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "The least important events that are written."
+    )
+    format: Literal["auto", "json", "console"] = _setting(
+        "auto", "json: a line of JSON for each event; console: for people; auto: by the terminal."
+    )
+
+
+class Egress(Settings):
+    """Where URLs that third parties name may lead. Endpoints of upstreams are always allowed."""
+
+    allow: tuple[Cidr, ...] = _setting(
+        [], "Networks that hops may reach although their addresses are not public."
+    )
+    ports: Annotated[tuple[Port, ...], AfterValidator(_some)] = _setting(
+        [80, 443], "The ports that hops may use."
+    )
+    nat64: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Whether hops may use NAT64 addresses (RFC 6052) for IPv4 addresses that are allowed.",
+    )
+
+
+class UpstreamMacros(Settings):
+    """How macros are written in the URLs of an upstream and of the chains it starts."""
+
+    timestamp: Literal["unix_ms", "iso8601"] = _setting(
+        "unix_ms",
+        "What [TIMESTAMP] becomes: milliseconds since 1970, or ISO 8601 as VAST 4 asks.",
+    )
+    spellings: tuple[Spelling, ...] = _setting(
+        ["encoded", "lowercase"],
+        "Spellings that are filled besides [NAME]: encoded %5BNAME%5D, lowercase [name], "
+        "percent %%NAME%%, braces {{NAME}}, brace {NAME}, dollar ${NAME}, underscore __NAME__.",
+    )
+    aliases: Mapping[Name, Annotated[str, AfterValidator(known_macro)]] = _setting(
+        {}, "Spellings of an ad server's own: the exact text, and the macro it stands for."
+    )
+
+
+class Upstream(Settings):
+    """One ad server that the operator names."""
+
+    endpoint: Annotated[Text, AfterValidator(_endpoint)] = Field(
+        description="Its URL, a template. If it begins with a placeholder, `hosts` is needed."
+    )
+    hosts: tuple[HostPattern, ...] = _setting(
+        [],
+        "For an endpoint that the player names: the only hosts it may lead to, each as host, "
+        "host:port or *.host.",
+    )
+    params: Mapping[Name, Text] = _setting(
+        {}, "Query parameters that are added to the endpoint: names and templates."
+    )
+    headers: Headers = _setting(
+        {}, "Request headers that are sent to the endpoint: names and templates."
+    )
+    timeout: Duration = _setting("1s", "The longest that one answer of this ad server may take.")
+    max_body: Annotated[Size, AfterValidator(_max_body)] = _setting(
+        "512KiB", "The longest body, counted after decompression; at most 2MiB."
+    )
+    cookies: Literal["chain", "off"] = _setting(
+        "chain",
+        "chain: cookies live for one ad request, each for its own site; off: none are kept.",
+    )
+    session_params: tuple[Literal["correlator", "timestamp"], ...] = _setting(
+        ["correlator", "timestamp"],
+        "Parameters of the session that are added to the endpoint; [] for a tag that is signed.",
+    )
+    user_agent: Literal["device", "proxy"] = _setting(
+        "device", "Whose User-Agent is sent: the viewer's device's, or the proxy's own."
+    )
+    x_forwarded_for: Literal["set", "append", "off"] = _setting(
+        "set",
+        "set: the viewer's address alone; append: added to what a trusted proxy sent; off: none.",
+    )
+    macros: UpstreamMacros = _setting({}, "How macros are written in this upstream's URLs.")
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_where_needed(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        endpoint: Template | None = info.data.get("endpoint")
+        if endpoint and endpoint.starts_with_placeholder and not value:
+            raise ValueError(
+                f"the endpoint begins with a placeholder, {endpoint.parts[0]}, so that the player "
+                "decides on the host (list the hosts it may choose: [ads.example.com])"
+            )
+        return value
+
+    @property
+    def uses_rest(self) -> bool:
+        """Tell whether ``{rest}`` of the route is needed to ask this ad server."""
+        templates = (self.endpoint, *self.params.values(), *self.headers.values())
+        return any(each.uses_rest for each in templates)
+
+
+class Route(Settings):
+    """One path that players ask, and how it is answered."""
+
+    path: Annotated[str, AfterValidator(_route_path)] = Field(
+        description="Where players ask: a path, which may end in /{rest} to take all below it."
+    )
+    mode: Annotated[
+        Literal["resolve", "passthrough"],
+        BeforeValidator(_mode, json_schema_input_type=Literal["resolve", "passthrough"]),
+    ] = _setting(
+        "resolve",
+        "resolve: the chain is followed and merged; passthrough: the upstream's document is "
+        "answered with its macros filled.",
+    )
+    upstreams: Annotated[
+        tuple[Name, ...],
+        AfterValidator(_some),
+        BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    ] = Field(description="The names of the ad servers to ask, in this order until one has an ad.")
+    forward_query: Annotated[
+        Literal["all", "none"] | tuple[str, ...],
+        PlainValidator(_forward_query, json_schema_input_type=Literal["all", "none"] | list[str]),
+    ] = _setting(
+        "all", "Which of the player's query parameters go on to the upstream: all, none or a list."
+    )
+    forward_cookies: tuple[Annotated[str, AfterValidator(_cookie_name)], ...] = _setting(
+        [], "Names of the player's cookies that are handed to the first upstream."
+    )
+    viewer: tuple[Place, ...] = _setting(
+        [], "Where the viewer's id is found: query:NAME, header:NAME, cookie:NAME; the first wins."
+    )
+    correlator: Annotated[Place, AfterValidator(_correlator_source)] | None = _setting(
+        None, "Where the request may bring its own correlator: query:NAME or header:NAME."
+    )
+    correlator_params: tuple[Name, ...] = _setting(
+        ["correlator"],
+        "Query parameters whose value becomes the correlator in every URL that has them.",
+    )
+    deadline: Annotated[Duration, AfterValidator(_deadline)] = _setting(
+        "2500ms", "How long one ad request may take as a whole; at least 50ms."
+    )
+    max_hops: Annotated[int, Field(ge=0, le=MAX_HOPS)] = _setting(
+        5, "How many wrappers may follow one another; 0 to 20."
+    )
+    max_fetches: Count = _setting(
+        100, "How many requests one ad request may cause, all upstreams and redirects together."
+    )
+    standalone_ads: Count = _setting(
+        1, "How many ads are wanted of a document that offers several without a sequence."
+    )
+    strict: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Whether allowMultipleAds=false refuses every ad with a sequence, as the text of VAST has "
+        "it; otherwise the lowest sequence is taken.",
+    )
+    error_reporting: Literal["proxy", "player"] = _setting(
+        "proxy", "Who calls the <Error> URLs of a chain that gave no ad."
+    )
+    fill_macros: Literal["standard", "all"] = _setting(
+        "standard",
+        "Macros in the answer. standard: those that players do not fill; all: whatever is known.",
+    )
+    macros: Mapping[SettableMacro, Text] = _setting(
+        {}, "Values for macros that only the player or the operator knows: names and templates."
+    )
+
+    @field_validator("macros")
+    @classmethod
+    def _rest_where_taken(
+        cls, value: Mapping[str, Template], info: ValidationInfo
+    ) -> Mapping[str, Template]:
+        path: str = info.data.get("path", "/{rest}")
+        for name, template in value.items():
+            if template.uses_rest and not path.endswith("/{rest}"):
+                raise ValueError(
+                    f"{name} uses {{rest}}, but the path has none (end the path in /{{rest}})"
+                )
+        return value
+
+    @property
+    def takes_rest(self) -> bool:
+        """Tell whether the route has everything below its path."""
+        return self.path.endswith("/{rest}")
+
+
+class Config(Settings):
+    """The whole of config.yaml. Made by :func:`vastproxy.config.load.load`."""
+
+    server: Server = _setting({}, "The listeners, and what is true for all routes.")
+    state: Annotated[str, AfterValidator(_in_memory)] = _setting(
+        "memory://", "Where state is kept that outlives a request. This version has memory only."
+    )
+    log: Log = _setting({}, "What is written to standard error, and how.")
+    egress: Egress = _setting({}, "Where URLs that third parties name may lead.")
+    upstreams: Annotated[
+        Mapping[Annotated[str, AfterValidator(_upstream_name)], Upstream], AfterValidator(_some)
+    ] = Field(description="The ad servers, each under a name of its own.")
+    routes: Annotated[tuple[Route, ...], AfterValidator(_some)] = Field(
+        description="The paths that players ask."
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Describe config.yaml for editors, as JSON Schema 2020-12."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(),
+        "title": "config.yaml of vastproxy",
+    }
+
+
+def settings_at(path: tuple[str | int, ...], whole: dict[str, Any]) -> tuple[str, ...]:
+    """
+    Name the settings of the section at *path*, going by *whole*, which is :func:`json_schema`.
+
+    There are none where names are free (parameters, say), or where *path* leads nowhere.
+    """
+    section = whole
+    for step in path:
+        named = section.get("properties", {}).get(step)
+        section = _resolved(
+            named or section.get("items") or section.get("additionalProperties") or {}, whole
+        )
+    return tuple(section.get("properties", {}))
+
+
+def _resolved(section: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    name: str = section.get("$ref", "").rpartition("/")[2]
+    return whole["$defs"][name] if name else section

@@ -1,0 +1,209 @@
+"""
+Values as people write them: ``800ms``, ``512KiB``, ``127.0.0.1:8080``, ``query:uid``.
+
+Rule 1: every reader takes text and gives a value, or raises ValueError with a whole message.
+Rule 2: a number without a unit is refused; whoever writes one means a different unit than we do.
+"""
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Literal, Self
+
+Network = IPv4Network | IPv6Network
+SourceKind = Literal["query", "header", "cookie"]
+
+SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+"""Seconds in one unit of time."""
+BYTES = {"B": 1, "kB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
+"""Bytes in one unit of size: SI prefixes count in thousands, IEC 80000-13 ones in 1024s."""
+TOKEN_PATTERN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - a token of RFC 9110, no secret
+"""A ``token``, which names of headers and of cookies are (RFC 9110 section 5.6.2)."""
+LONGEST_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
+MAX_PORT = 65535
+
+# Nine digits hold 30 years of seconds; without a bound, a float could become infinite.
+_NUMBER_PATTERN = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+DURATION_PATTERN = rf"^{_NUMBER_PATTERN}(ms|s|m|h|d)$"
+SIZE_PATTERN = rf"^{_NUMBER_PATTERN}(B|kB|KiB|MB|MiB)$"
+_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\.?"
+_BRACKETED = r"\[[0-9A-Fa-f:.]+\]"
+
+
+def parse_duration(text: str) -> float:
+    """Turn *text*, such as ``1.5s``, into seconds, more than 0; else raise ValueError."""
+    number, unit = _split(text)
+    if number and not unit:
+        raise ValueError(f"{shown(text)} has no unit (write {number}ms, {number}s or {number}m)")
+    if not number or unit not in SECONDS:
+        raise ValueError(f"{shown(text)} is no duration (write 800ms, 2s or 1h)")
+    seconds = float(number) * SECONDS[unit]
+    if seconds <= 0:
+        raise ValueError(f"{shown(text)} is no time at all (write more than 0, such as 800ms)")
+    return seconds
+
+
+def parse_size(text: str) -> int:
+    """Turn *text*, such as ``512KiB``, into bytes, at least one; else raise ValueError."""
+    number, unit = _split(text)
+    if number and not unit:
+        raise ValueError(f"{shown(text)} has no unit (write {number}B, {number}KiB or {number}MiB)")
+    if not number or unit not in BYTES:
+        raise ValueError(f"{shown(text)} is no size (write 1000B, 512KiB or 2MiB)")
+    size = int(float(number) * BYTES[unit])
+    if size < 1:
+        raise ValueError(f"{shown(text)} is less than one byte (write 1000B, 512KiB or 2MiB)")
+    return size
+
+
+def shown(value: object) -> str:
+    """Quote *value* for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where to listen: a TCP port or a Unix socket."""
+
+    host: str = ""
+    """A name or an address without brackets; empty: every interface."""
+    port: int = 0
+    """0: any free port."""
+    path: str = ""
+    """Of a Unix socket; host and port mean nothing then."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``host:port``, ``:port``, ``[v6]:port`` or ``unix:/path``; else raise ValueError."""
+        if text.startswith("unix:"):
+            return cls._parse_path(text)
+        found = re.fullmatch(rf"({_HOST}|({_BRACKETED})|):([0-9]{{1,5}})", text)
+        if not found or int(found[3]) > MAX_PORT:
+            raise ValueError(
+                f"{shown(text)} is no address to listen on "
+                "(write 127.0.0.1:8080, :8080, [::1]:8080 or unix:/run/vastproxy.sock)"
+            )
+        host = found[1].strip("[]")
+        if found[2]:
+            _check_address(host)
+        return cls(host=host, port=int(found[3]))
+
+    @classmethod
+    def _parse_path(cls, text: str) -> Self:
+        path = text.removeprefix("unix:")
+        if not path.startswith("/") or not path.isprintable():
+            raise ValueError(
+                f"{shown(text)} names no absolute path (write unix:/run/vastproxy.sock)"
+            )
+        return cls(path=path)
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether only programs on this machine can connect."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def clashes(self, other: "Listen") -> bool:
+        """Tell whether *other* needs the same port or the same socket."""
+        if self.path or other.path:
+            return self.path == other.path
+        everywhere = {self.host, other.host} & {"", "0.0.0.0", "::"}  # noqa: S104 - compared only
+        same_host = self.host == other.host or bool(everywhere)
+        return same_host and self.port == other.port and self.port != 0
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place of the player's request where a value may be found."""
+
+    kind: SourceKind
+    name: str
+    """Of a header: in lower case."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``query:NAME``, ``header:NAME`` or ``cookie:NAME``; else raise ValueError."""
+        kind, _, name = text.partition(":")
+        if kind == "query" and re.fullmatch(r"\S+", name):
+            return cls("query", name)
+        if kind == "header" and re.fullmatch(TOKEN_PATTERN, name):
+            return cls("header", name.lower())
+        if kind == "cookie" and re.fullmatch(TOKEN_PATTERN, name):
+            return cls("cookie", name)
+        raise ValueError(
+            f"{shown(text)} names no part of a request "
+            "(write query:uid, header:X-Uid or cookie:uid)"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}"
+
+
+def parse_network(text: str) -> Network:
+    """Read a network, or an address as a network of one; else raise ValueError."""
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"{shown(text)} is no network (write 10.0.0.0/8 or 192.0.2.7)") from None
+    if "/" in text and ip_address(text.partition("/")[0]) != network.network_address:
+        raise ValueError(f"{shown(text)} names one address of a network (write {network})")
+    return network
+
+
+def check_authority(url: str) -> None:
+    """Raise ValueError if *url* does not begin with http(s), a host, and maybe a port."""
+    found = re.match(r"https?://([^/?#]*)", url, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{shown(url)} is no absolute URL (begin it with https:// or http://)")
+    if "@" in found[1]:
+        raise ValueError(
+            "a user and a password do not belong into a URL, which is logged "
+            "(set the header Authorization instead)"
+        )
+    check_host(found[1])
+    if not re.fullmatch(r"[!-~]*", url):
+        raise ValueError(
+            f"{shown(url)} has a character that no URL can have "
+            "(percent-encode it: a space is %20; a host is written as xn--...)"
+        )
+
+
+def check_host(text: str) -> None:
+    """Raise ValueError if *text* is neither a host nor a host with a port."""
+    found = re.fullmatch(rf"(?:{_HOST}|({_BRACKETED}))(?::([0-9]{{1,5}}))?", text)
+    if not found or not (found[2] is None or 0 < int(found[2]) <= MAX_PORT):
+        raise ValueError(
+            f"{shown(text)} is no host (write ads.example.com or ads.example.com:8443)"
+        )
+    if found[1]:
+        _check_address(found[1].strip("[]"))
+
+
+def parse_host_pattern(text: str) -> str:
+    """Read ``host``, ``host:port`` or ``*.host``, and give it in lower case; or ValueError."""
+    check_host(text.removeprefix("*."))
+    return text.lower()
+
+
+def _check_address(text: str) -> None:
+    try:
+        ip_address(text)
+    except ValueError:
+        raise ValueError(f"{shown(text)} is no IP address (write one such as ::1)") from None
+
+
+def _split(text: str) -> tuple[str, str]:
+    found = re.fullmatch(rf"({_NUMBER_PATTERN})([A-Za-z]*)", text)
+    return (found[1], found[3]) if found else ("", "")

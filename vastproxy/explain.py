@@ -1,0 +1,196 @@
+"""
+Resolve one tag without a server, and say what happened: ``vastproxy resolve``.
+
+The same classes as in the proxy do the work; only the answer is told differently.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from vastproxy.app import offline_server
+from vastproxy.config.template import Template
+from vastproxy.config.units import Network
+from vastproxy.flow.ad_server import Explained
+from vastproxy.flow.routing import Route
+from vastproxy.model import AdRequest, Device
+from vastproxy.observe.trace import AdFact, Exchange, Hop
+from vastproxy.upstream.headers import PROXY_USER_AGENT
+from vastproxy.upstream.upstream import UpstreamSettings
+from vastproxy.vast.merge import MergeNote
+from vastproxy.vast.unwrap import Policy, Report
+
+PIPE_WIDTH = 100_000
+"""Columns of output that goes into a file: lines are not folded there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A tag to resolve."""
+
+    source: str
+    """Its URL, or what its document is called."""
+    document: bytes | None = None
+    """Its document, where it is at hand."""
+    allow: tuple[Network, ...] = ()
+    max_hops: int = 5
+    timeout: float = 10.0
+    """Seconds for the whole chain."""
+
+
+async def resolved(question: Question) -> Explained:
+    """Resolve the tag of *question*."""
+    settings = UpstreamSettings(
+        name=question.source,
+        # Taken literally: braces in a tag are the ad server's.
+        endpoint=Template(question.source, (question.source,)),
+        session_params=(),
+        timeout=question.timeout,
+        user_agent="proxy",
+        max_body=2 * 1024 * 1024,
+    )
+    async with offline_server(settings, question.allow) as (ads, upstream):
+        route = Route(
+            path="/",
+            upstreams=(upstream,),
+            deadline=question.timeout,
+            policy=Policy(max_wrappers=question.max_hops),
+        )
+        request = AdRequest("/", device=Device(user_agent=PROXY_USER_AGENT))
+        return await ads.explain(route, request, question.document)
+
+
+def print_answer(answer: Explained, style: str) -> None:
+    """Print *answer* on standard output, as *style* (vast, tree or json) says."""
+    if style == "tree":
+        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        for each in trees(answer):
+            console.print(each, overflow="fold")
+        return
+    if style == "json":
+        print(json.dumps(as_json(answer), indent=2))  # noqa: T201 - the command's output
+        return
+    sys.stdout.buffer.write(answer.body + b"\n")
+    sys.stdout.buffer.flush()
+    if answer.outcome.unwrapped is None:
+        print(f"no ad: {why_not(answer)} (--format tree tells more)", file=sys.stderr)  # noqa: T201
+
+
+def why_not(answer: Explained) -> str:
+    """Say in a line why there is no ad."""
+    reasons = [f"{each.reason} ({each.code})" for _, each in answer.outcome.reports]
+    reasons += [f"{hop.problem} ({hop.code})" for hop in answer.hops if hop.code and not reasons]
+    return "; ".join(dict.fromkeys(reasons)) or "the ad server has none"
+
+
+def as_json(answer: Explained) -> dict[str, Any]:
+    """Give *answer* as values that JSON knows."""
+    return {
+        "ads": len(answer.outcome.unwrapped.ads) if answer.outcome.unwrapped else 0,
+        "hops": [asdict(each) for each in answer.hops],
+        "merged": [[_note_json(note) for note in notes] for notes in answer.notes],
+        "reports": [asdict(each) for _, each in answer.outcome.reports],
+        "vast": answer.body.decode(),
+    }
+
+
+def _note_json(note: MergeNote) -> dict[str, Any]:
+    return {
+        "wrapper": note.wrapper_id,
+        "system": note.system,
+        "taken": dict(+note.taken),
+        "dropped": dict(+note.dropped),
+    }
+
+
+# --- For people ---------------------------------------------------------------------------------
+
+
+def trees(answer: Explained) -> Iterable[Tree | Text]:
+    """Draw the hops of *answer*, what was merged, and what was reported."""
+    below: dict[int | None, list[Hop]] = {}
+    for hop in answer.hops:
+        below.setdefault(hop.parent, []).append(hop)
+    for hop in below.get(None, []):
+        root = Tree(hop_text(hop))
+        _grow(root, hop, below)
+        yield root
+    yield Text()
+    unwrapped = answer.outcome.unwrapped
+    for ad, notes in zip(unwrapped.ads if unwrapped else (), answer.notes, strict=True):
+        place = f", {ad.sequence} in the pod" if ad.sequence else ""
+        tree = Tree(Text(f"ad {ad.inline.id or '-'} ({ad.inline.system or '-'}{place})", "bold"))
+        for note in notes:
+            tree.add(note_text(note))
+        yield tree
+    if unwrapped is None:
+        yield Text(f"no ad: {why_not(answer)}", "bold red")
+    for _, report in answer.outcome.reports:
+        yield report_text(report)
+
+
+def _grow(tree: Tree, hop: Hop, below: dict[int | None, list[Hop]]) -> None:
+    for exchange in hop.exchanges:
+        tree.add(exchange_text(exchange))
+    for ad in hop.ads:
+        tree.add(ad_text(ad))
+    for repair in hop.repairs:
+        tree.add(Text(f"repaired: {repair}", "yellow"))
+    if hop.code is not None:
+        tree.add(Text(f"{hop.code}: {hop.problem}", "bold red"))
+    for each in below.get(hop.number, []):
+        _grow(tree.add(hop_text(each)), each, below)
+
+
+def hop_text(hop: Hop) -> Text:
+    """Name a hop: its number, its URL as the ad server wrote it, its time."""
+    return Text.assemble(
+        (f"hop {hop.number} ", "bold"),
+        (hop.url, "cyan"),
+        f"  {hop.milliseconds:.0f} ms",
+        f"  VAST {hop.version}" if hop.version else "",
+    )
+
+
+def exchange_text(exchange: Exchange) -> Text:
+    """Tell one HTTP request: URL on the wire, status, bytes, time, cookies by name."""
+    status = "no answer" if exchange.status is None else str(exchange.status)
+    sent = ", ".join(exchange.cookies_sent) or "-"
+    got = ", ".join(exchange.cookies_set) or "-"
+    return Text(
+        f"GET {exchange.url}  {status}  {exchange.size} bytes  {exchange.milliseconds:.0f} ms  "
+        f"cookies in: {got}  out: {sent}"
+    )
+
+
+def ad_text(ad: AdFact) -> Text:
+    """Tell one ad of a hop's document."""
+    place = f" sequence {ad.sequence}" if ad.sequence else ""
+    return Text(f"{ad.kind} {ad.id or '-'} ({ad.system or '-'}){place}", "green")
+
+
+def note_text(note: MergeNote) -> Text:
+    """Tell what one wrapper gave to an ad."""
+    text = f"{note.wrapper_id or '-'} ({note.system or '-'}): merged {_counted(note.taken)}"
+    if +note.dropped:
+        text += f"; dropped {_counted(note.dropped)}"
+    return Text(text)
+
+
+def report_text(report: Report) -> Text:
+    """Tell one failure, and how many would hear of it."""
+    return Text(
+        f"{report.code}: {report.reason}; the proxy would tell {len(report.uris)} <Error> URIs",
+        "yellow",
+    )
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in (+counts).items()) or "nothing"

@@ -1,0 +1,119 @@
+"""Which route answers, who is watching, and what of the request goes on."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vastproxy.config.template import Template
+from vastproxy.config.units import Source
+from vastproxy.model import AdRequest
+from vastproxy.upstream.upstream import VastUpstream, lookup
+from vastproxy.vast.unwrap import Policy
+
+_REST = "/{rest}"
+_DOT_SEGMENT = re.compile(r"(?:^|/)(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What config.yaml says about one path, ready to be used."""
+
+    path: str
+    upstreams: tuple[VastUpstream, ...]
+    mode: Literal["resolve", "passthrough"] = "resolve"
+    forward_query: Literal["all", "none"] | tuple[str, ...] = "all"
+    forward_cookies: tuple[str, ...] = ()
+    viewer: tuple[Source, ...] = ()
+    correlator: Source | None = None
+    correlator_params: tuple[str, ...] = ("correlator",)
+    deadline: float = 2.5
+    """Seconds."""
+    policy: Policy = field(default_factory=Policy)
+    error_reporting: Literal["proxy", "player"] = "proxy"
+    fill_macros: Literal["standard", "all"] = "standard"
+    macros: tuple[tuple[str, Template], ...] = ()
+
+
+class Router:
+    """Finds the route of a path: an exact one first, then the longest that ends in ``/{rest}``."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._exact: dict[str, Route] = {}
+        self._open: list[tuple[str, Route]] = []
+        for route in routes:
+            if route.path.endswith(_REST):
+                self._open.append((route.path.removesuffix("{rest}"), route))
+            else:
+                self._exact[route.path] = route
+        self._open.sort(key=lambda each: len(each[0]), reverse=True)
+
+    def find(self, path: str) -> tuple[Route, str] | None:
+        """
+        Give the route of *path* and what its ``/{rest}`` stands for, both as they were sent.
+
+        A rest with dot segments finds nothing: it would leave the place that the operator named.
+        """
+        exact = self._exact.get(path)
+        if exact is not None:
+            return exact, ""
+        for prefix, route in self._open:
+            if path.startswith(prefix):
+                rest = path[len(prefix) :]
+                return None if _DOT_SEGMENT.search(rest) else (route, rest)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<Router {[*self._exact, *(route.path for _, route in self._open)]}>"
+
+
+def found(source: Source, request: AdRequest) -> str:
+    """Give what *source* names in *request*; empty for nothing."""
+    if source.kind == "query":
+        return request.query.get(source.name, "")
+    if source.kind == "header":
+        return request.headers.get(source.name.lower(), "")
+    return cookies(request.headers.get("cookie", ""), (source.name,)).get(source.name, "")
+
+
+def viewer_of(route: Route, request: AdRequest) -> str:
+    """Give the viewer's id: what the first of the route's sources has. Empty: nobody known."""
+    return next((value for each in route.viewer if (value := found(each, request))), "")
+
+
+def cookies(header: str, names: Iterable[str]) -> Mapping[str, str]:
+    """Give those of *names* that a ``Cookie`` *header* has; the first of each (RFC 6265, 5.4)."""
+    wanted = set(names)
+    values: dict[str, str] = {}
+    for part in header.split(";"):
+        name, equals, value = part.strip().partition("=")
+        if equals and name in wanted:
+            values.setdefault(name, value)
+    return values
+
+
+def forwarded(route: Route, raw: str, taken: frozenset[str]) -> str:
+    """
+    Give the part of the player's *raw* query that goes on, byte for byte.
+
+    Of everything (``all``), what the upstream's templates have *taken* over is left out; a list
+    names what goes on.
+    """
+    if route.forward_query == "none" or not raw:
+        return ""
+    if route.forward_query == "all":
+        if not taken:
+            return raw
+        return "&".join([each for each in raw.split("&") if _name(each) not in taken])
+    return "&".join([each for each in raw.split("&") if _name(each) in route.forward_query])
+
+
+def _name(parameter: str) -> str:
+    return parameter.partition("=")[0]
+
+
+def macro_values(route: Route, request: AdRequest, viewer: str) -> Mapping[str, str]:
+    """Give the macros that the route takes from the request; an empty value is none."""
+    look = lookup(request, viewer)
+    rendered = ((name, each.render(look, str)) for name, each in route.macros)
+    return {name: value for name, value in rendered if value}

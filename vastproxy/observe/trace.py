@@ -1,0 +1,76 @@
+"""What happened to one ad request: facts for the log, for ``Server-Timing`` and for people."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One HTTP request of a hop. A hop has more than one where it was redirected."""
+
+    url: str
+    """As it went out."""
+    milliseconds: float
+    status: int | None = None
+    """None: no whole answer came."""
+    size: int = 0
+    """Bytes of the body, unpacked."""
+    cookies_sent: tuple[str, ...] = ()
+    """Names."""
+    cookies_set: tuple[str, ...] = ()
+    """Names."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdFact:
+    """An ad that a hop's document held."""
+
+    id: str
+    system: str
+    kind: str
+    """``InLine``, ``Wrapper`` or ``empty``."""
+    sequence: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One document asked for, and what came."""
+
+    number: int
+    """In the order in which hops began, from 1."""
+    parent: int | None
+    """The hop whose wrapper led here; None for the entry."""
+    depth: int
+    """Wrappers above: 0 for the entry."""
+    upstream: str
+    url: str
+    """As the ad server wrote it, macros and all."""
+    exchanges: tuple[Exchange, ...]
+    milliseconds: float
+    version: str = ""
+    ads: tuple[AdFact, ...] = ()
+    repairs: tuple[str, ...] = ()
+    code: int | None = None
+    """The VAST code of what went wrong."""
+    problem: str = ""
+    """The same in words."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """The hops of one ad request, in the order in which they began. Grows while it is served."""
+
+    hops: list[Hop] = field(default_factory=list)
+    begun: int = 0
+
+    def begin(self) -> int:
+        """Give the number of a hop that begins."""
+        self.begun += 1
+        return self.begun
+
+    def add(self, hop: Hop) -> None:
+        """Keep a hop that has ended."""
+        self.hops.append(hop)
+
+    def ordered(self) -> list[Hop]:
+        """Give the hops in the order in which they began."""
+        return sorted(self.hops, key=lambda each: each.number)

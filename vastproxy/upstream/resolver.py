@@ -1,0 +1,256 @@
+"""
+Drive an unwrapper with real requests: the chains of a pod run at the same time.
+
+What goes on and what stops is decided in :mod:`vastproxy.vast.unwrap`; here is only waiting.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from vastproxy.errors import UpstreamError, UpstreamStatusError, VastError
+from vastproxy.model import HopReply
+from vastproxy.observe.trace import AdFact, Exchange, Hop
+from vastproxy.session.session import VastSession
+from vastproxy.vast.codes import VastCode
+from vastproxy.vast.document import Ad, VastDocument
+from vastproxy.vast.parse import hardened_parser, parse
+from vastproxy.vast.unwrap import Policy, Unwrapped, Unwrapper, Want
+
+PARSE_APART = 64 * 1024
+"""
+Bytes from which a document is parsed in a thread: lxml lets the others run meanwhile. Below, the
+thread costs more than it saves (40 us; a 64 KB document takes about 400).
+"""
+
+_NO_CONTENT = frozenset({204, 205})
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What came of asking one upstream."""
+
+    unwrapped: Unwrapped | None
+    """None where the entry gave no document."""
+    code: int | None = None
+    """Then the VAST code of the failure..."""
+    problem: str = ""
+    """...and the same in words."""
+
+    @property
+    def has_ads(self) -> bool:
+        """Whether there is anything to play."""
+        return self.unwrapped is not None and bool(self.unwrapped.ads)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The first document of a chain."""
+
+    document: VastDocument
+    url: str
+    """Where it finally came from."""
+    body: bytes
+    """Its bytes as they came."""
+    number: int
+    """Which hop it was."""
+
+
+class NoAdError(VastError):
+    """An answer that says there is no ad, by its HTTP status."""
+
+    vast_code = VastCode.NO_AD
+
+
+class VastChainResolver:
+    """
+    Resolves the wrapper chains of one upstream's answers.
+
+    *policy* is the route's.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+
+    async def resolve(
+        self,
+        session: VastSession,
+        params: Mapping[str, str] | None = None,
+        document: bytes | None = None,
+    ) -> Resolution:
+        """
+        Ask the session's upstream, and follow what comes until there are InLines or nothing.
+
+        *params* are added to its query. With a *document* at hand it is not asked.
+        """
+        try:
+            if document is None:
+                entry = await self.enter(session, params)
+            else:
+                entry = _given(session, document)
+        except (UpstreamError, VastError) as error:
+            return Resolution(None, error.vast_code, str(error))
+        return await self.resolve_document(session, entry.document, entry.url, entry.number)
+
+    async def enter(self, session: VastSession, params: Mapping[str, str] | None = None) -> "Entry":
+        """
+        Ask the session's upstream, and follow nothing.
+
+        Raises UpstreamError or VastError; the hop is in the session's trace all the same.
+        """
+        place = _Place(str(session.upstream), session.trace.begin())
+        try:
+            place.url = session.upstream.entry_url(session, params)
+        except UpstreamError as error:
+            session.trace.add(_hop(session, place, error=error))
+            raise
+        outcome = await _fetch(session, place, place.url, trusted=True)
+        if not isinstance(outcome, _Document):
+            raise outcome
+        return Entry(outcome.document, outcome.url, outcome.body, place.number)
+
+    async def resolve_document(
+        self, session: VastSession, document: VastDocument, url: str = "", number: int | None = None
+    ) -> Resolution:
+        """Follow the wrappers of a *document* that came from *url*, as hop *number*."""
+        unwrapper = Unwrapper(document, url, self.policy)
+        await _Run(session, unwrapper, number).follow()
+        return Resolution(unwrapper.result())
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a hop stands in the tree."""
+
+    url: str
+    number: int = 0
+    parent: int | None = None
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    document: VastDocument
+    url: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Run:
+    """One tree being followed."""
+
+    session: VastSession
+    unwrapper: Unwrapper
+    entry: int | None
+    numbers: dict[int, int] = field(default_factory=dict)
+
+    async def follow(self) -> None:
+        """Make the hops that are wanted, until none is."""
+        while wanted := self.unwrapper.wanted():
+            if len(wanted) == 1:
+                await self._hop(wanted[0])
+                continue
+            async with asyncio.TaskGroup() as group:
+                for want in wanted:
+                    group.create_task(self._chain(want), name=f"chain {want.url[:60]}")
+
+    async def _chain(self, want: Want) -> None:
+        await self._hop(want)
+        await self.follow()
+
+    async def _hop(self, want: Want) -> None:
+        session = self.session
+        number = session.trace.begin()
+        self.numbers[id(want)] = number
+        parent = self.numbers[id(want.parent)] if want.parent else self.entry
+        place = _Place(want.url, number, parent, want.depth)
+        url = session.upstream.filled(want.url, session, want.blocked_categories)
+        outcome = await _fetch(session, place, url, trusted=False)
+        if isinstance(outcome, _Document):
+            self.unwrapper.feed(want, outcome.document, outcome.url)
+        else:
+            self.unwrapper.fail(want, outcome.vast_code, str(outcome))
+
+
+def _given(session: VastSession, body: bytes) -> Entry:
+    """Take a document at hand as the first hop. Raises VastError."""
+    place = _Place(session.upstream.name, session.trace.begin())
+    try:
+        document = parse(body)
+    except VastError as error:
+        session.trace.add(_hop(session, place, error=error))
+        raise
+    session.trace.add(_hop(session, place, document=document))
+    return Entry(document, "", body, place.number)
+
+
+async def _fetch(
+    session: VastSession, place: _Place, url: str, *, trusted: bool
+) -> "_Document | UpstreamError | VastError":
+    """Make one hop: ask, read, log. Gives the document, or what stood in the way."""
+    began = perf_counter()
+    exchanges: list[Exchange] = []
+    outcome: _Document | UpstreamError | VastError
+    try:
+        fetched = await session.upstream.fetch(session, url, exchanges, trusted=trusted)
+        outcome = _Document(await read(fetched.reply), fetched.url, fetched.reply.body)
+    except (UpstreamError, VastError) as raised:
+        outcome = raised
+    took = (perf_counter() - began) * 1000
+    found = outcome.document if isinstance(outcome, _Document) else None
+    error = None if isinstance(outcome, _Document) else outcome
+    session.trace.add(_hop(session, place, tuple(exchanges), took, found, error))
+    return outcome
+
+
+async def read(reply: HopReply) -> VastDocument:
+    """
+    Read the document of *reply*.
+
+    Raises UpstreamStatusError, NoAdError (303) where the status says there is none, or VastError.
+    """
+    if reply.status in _NO_CONTENT:
+        raise NoAdError(f"HTTP status {reply.status}: no ad")
+    if not 200 <= reply.status < 300:  # noqa: PLR2004 - RFC 9110 section 15.3
+        raise UpstreamStatusError(reply.status)
+    if len(reply.body) < PARSE_APART:
+        return parse(reply.body, charset=_charset(reply))
+    return await asyncio.to_thread(
+        parse, reply.body, charset=_charset(reply), parser=hardened_parser()
+    )
+
+
+def _charset(reply: HopReply) -> str | None:
+    """Give what ``Content-Type`` says of the encoding (RFC 9110 section 8.3.2)."""
+    _, found, rest = (reply.header("content-type") or "").lower().partition("charset=")
+    return rest.partition(";")[0].strip() if found else None
+
+
+def _hop(
+    session: VastSession,
+    place: _Place,
+    exchanges: tuple[Exchange, ...] = (),
+    milliseconds: float = 0.0,
+    document: VastDocument | None = None,
+    error: UpstreamError | VastError | None = None,
+) -> Hop:
+    return Hop(
+        number=place.number,
+        parent=place.parent,
+        depth=place.depth,
+        upstream=session.upstream.name,
+        url=place.url,
+        exchanges=exchanges,
+        milliseconds=milliseconds,
+        version=".".join(map(str, document.version)) if document else "",
+        ads=tuple([_fact(each) for each in document.ads]) if document else (),
+        repairs=document.repairs if document else (),
+        code=error.vast_code if error else None,
+        problem=str(error) if error else "",
+    )
+
+
+def _fact(ad: Ad) -> AdFact:
+    kind = "InLine" if ad.is_inline else "Wrapper" if ad.is_wrapper else "empty"
+    return AdFact(ad.id, ad.system, kind, ad.sequence)

@@ -1,0 +1,292 @@
+"""An ad server as the operator configured it, and how it and the hops behind it are asked."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from time import perf_counter
+from typing import Literal
+
+from vastproxy.config.template import Placeholder, Template
+from vastproxy.errors import EgressBlockedError, RedirectError, UpstreamTimeoutError
+from vastproxy.model import AdRequest, Device, HopReply, HopRequest
+from vastproxy.observe.trace import Exchange
+from vastproxy.session.cookies import CookieJar
+from vastproxy.session.session import Fetched, VastSession
+from vastproxy.upstream.client import HopClient
+from vastproxy.upstream.headers import device_headers, safe
+from vastproxy.upstream.urls import Target, extended, joined, target, with_parameter
+from vastproxy.vast.macros import Spelling, encode, spelling
+from vastproxy.vast.serialise import fill_spans
+
+MAX_REDIRECTS = 10
+"""HTTP redirects of one hop. Cookie matching takes three or four; browsers stop at 20."""
+
+RESERVE = 0.05
+"""Seconds of the deadline that are kept for merging and answering..."""
+RESERVE_SHARE = 0.1
+"""...but never more than this share of it."""
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSettings:
+    """What config.yaml says about one upstream."""
+
+    name: str
+    endpoint: Template
+    hosts: tuple[str, ...] = ()
+    params: tuple[tuple[str, Template], ...] = ()
+    headers: tuple[tuple[str, Template], ...] = ()
+    timeout: float = 1.0
+    """Seconds for one hop, redirects included."""
+    max_body: int = 512 * 1024
+    cookies: Literal["chain", "off"] = "chain"
+    session_params: tuple[str, ...] = ("correlator", "timestamp")
+    user_agent: Literal["device", "proxy"] = "device"
+    forwarded_for: Literal["set", "append", "off"] = "set"
+    timestamp: Literal["unix_ms", "iso8601"] = "unix_ms"
+    spelling: Spelling = field(default_factory=spelling)
+
+
+class VastUpstream:
+    """
+    One configured ad server.
+
+    It also asks the hops that its wrappers lead to, with the same limits and headers; only the
+    entry is trusted, everything else passes the egress guard. *client* makes the requests, *now*
+    gives Unix seconds (cookies expire by it).
+    """
+
+    def __init__(
+        self, settings: UpstreamSettings, client: HopClient, now: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self._client = client
+        self._now = now
+        self._taken = frozenset().union(
+            settings.endpoint.query_names, *(each.query_names for _, each in settings.params)
+        )
+
+    @property
+    def name(self) -> str:
+        """What the operator calls it."""
+        return self.settings.name
+
+    @property
+    def taken_parameters(self) -> frozenset[str]:
+        """Query parameters that its templates take over, and that need no second copy."""
+        return self._taken
+
+    def entry_url(self, session: VastSession, params: Mapping[str, str] | None = None) -> str:
+        """
+        Write the URL of the first request of *session*.
+
+        The order is: the endpoint's own query, configured parameters, *params*, the player's
+        query, the session's parameters. Raises EgressBlockedError where the request named the
+        host, and the operator did not list it.
+        """
+        settings, facts = self.settings, session.request_facts
+        look = lookup(facts.ad_request, facts.viewer)
+        url = settings.endpoint.render(look, encode)
+        if facts.ad_request.rest and not settings.endpoint.uses_rest:
+            url = _with_rest(url, facts.ad_request.rest)
+        pairs = [f"{encode(k)}={encode(each.render(look, str))}" for k, each in settings.params]
+        pairs += [f"{encode(k)}={encode(str(v))}" for k, v in (params or {}).items()]
+        url = extended(
+            url, "&".join([*pairs, facts.forward_query] if facts.forward_query else pairs)
+        )
+        if settings.endpoint.starts_with_placeholder:
+            self._check_host(url)
+        return self.filled(self._with_session(url, session), session)
+
+    def _check_host(self, url: str) -> None:
+        found = target(url)
+        usual = found.port == _DEFAULT_PORTS[found.scheme]
+        names = (f"{found.host}:{found.port}", *((found.host,) if usual else ()))
+        if not any(
+            fnmatchcase(name, each.lower()) for name in names for each in self.settings.hosts
+        ):
+            raise EgressBlockedError(f"the host {names[0]} is not among the upstream's hosts")
+
+    def _with_session(self, url: str, session: VastSession) -> str:
+        """Append the session's parameters, but for those that the URL has already."""
+        values = {
+            "correlator": session.context.correlator,
+            "timestamp": str(session.context.timestamp),
+        }
+        added = [
+            f"{name}={encode(values[name])}"
+            for name in self.settings.session_params
+            if f"?{name}=" not in url and f"&{name}=" not in url
+        ]
+        return extended(url, "&".join(added))
+
+    def filled(self, url: str, session: VastSession, blocked: tuple[str, ...] = ()) -> str:
+        """Fill a hop's *url*: macros, correlator; *blocked* are the wrappers' categories."""
+        macros = session.macros
+        if blocked:
+            macros = macros.having({"BLOCKEDADCATEGORIES": ",".join(map(encode, blocked))})
+        url = macros.fill_request(url, self.settings.spelling)
+        for name in session.request_facts.correlator_params:
+            url = with_parameter(url, name, encode(session.context.correlator))
+        return url
+
+    def filled_error(self, url: str, session: VastSession, code: int) -> str:
+        """Fill the macros of an ``<Error>`` URI that the proxy requests itself."""
+        return session.macros.fill_error(url, code, self.settings.spelling)
+
+    def filled_known(self, body: bytes, session: VastSession) -> bytes:
+        """Fill what is known where no player does it, in a document that is passed through."""
+        return fill_spans(body, session.macros, self.settings.spelling)
+
+    def device_headers(self, device: Device) -> tuple[tuple[str, str], ...]:
+        """Give the headers that tell this upstream, and those behind it, of the *device*."""
+        return device_headers(
+            device,
+            user_agent=self.settings.user_agent,
+            forwarded_for=self.settings.forwarded_for,
+        )
+
+    async def fetch(
+        self,
+        session: VastSession,
+        url: str,
+        exchanges: list[Exchange],
+        *,
+        trusted: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> Fetched:
+        """
+        Ask for *url* and follow its redirects, within this upstream's limit and the deadline.
+
+        Each request is logged into *exchanges*. Redirects are never *trusted*: what an ad server
+        names is not what the operator named. Raises UpstreamError.
+        """
+        limit, starved = self._limit(session)
+        jar = session.jar if self.settings.cookies == "chain" else None
+        hop = _Hop(self._client, jar, self._now, limit, self.settings.max_body, exchanges)
+        sent = self._headers(session, trusted=trusted, further=headers or {})
+        for _ in range(MAX_REDIRECTS + 1):
+            place = target(url)
+            if trusted and jar is not None:
+                for name, value in session.context.cookies.items():
+                    jar.put(name, value, place.host)
+            try:
+                reply = await hop.ask(place, sent, trusted=trusted)
+            except UpstreamTimeoutError as error:
+                raise UpstreamTimeoutError(error.reason, starved=starved) from None
+            if reply.status not in _REDIRECTS:
+                return Fetched(reply, place.url)
+            url = joined(place.url, reply.header("location") or "")
+            if trusted:
+                trusted, sent = False, self._headers(session, trusted=False, further={})
+        raise RedirectError(f"more than {MAX_REDIRECTS} redirects")
+
+    def _limit(self, session: VastSession) -> tuple[float, bool]:
+        """Give the point in time at which a hop ends, and whether the deadline cut it short."""
+        now = asyncio.get_running_loop().time()
+        own = now + self.settings.timeout
+        deadline = session.request_facts.deadline
+        rest = deadline - min(RESERVE, RESERVE_SHARE * (deadline - now))
+        return min(own, rest), rest < own
+
+    def _headers(
+        self, session: VastSession, *, trusted: bool, further: Mapping[str, str]
+    ) -> tuple[tuple[str, str], ...]:
+        """Give the headers of a request; the operator's own go to the operator's address only."""
+        headers = self.device_headers(session.request_facts.device)
+        if not trusted:
+            return headers
+        look = lookup(session.request_facts.ad_request, session.request_facts.viewer)
+        own = {name.lower(): (name, each.render(look, str)) for name, each in self.settings.headers}
+        own |= {name.lower(): (name, value) for name, value in further.items()}
+        kept = [each for each in headers if each[0].lower() not in own]
+        return (*kept, *((name, safe(value)) for name, value in own.values()))
+
+    def __repr__(self) -> str:
+        return f"<VastUpstream {self.name} {self.settings.endpoint}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """One hop on its way: the requests of it share a jar, a time limit and a log."""
+
+    client: HopClient
+    jar: CookieJar | None
+    now: Callable[[], float]
+    limit: float
+    max_body: int
+    exchanges: list[Exchange]
+
+    async def ask(
+        self, place: Target, headers: tuple[tuple[str, str], ...], *, trusted: bool
+    ) -> HopReply:
+        """Ask once; log it, whatever comes of it."""
+        cookie, sent = self._cookies(place)
+        if cookie:
+            headers = (*headers, ("Cookie", cookie))
+        began = perf_counter()
+        status: int | None = None
+        size, taken = 0, tuple[str, ...]()
+        try:
+            reply = await self.client.get(
+                HopRequest(place.url, headers, trusted, self.max_body), self.limit
+            )
+            status, size, taken = reply.status, len(reply.body), self._store(place, reply)
+        finally:
+            took = (perf_counter() - began) * 1000
+            self.exchanges.append(Exchange(place.url, took, status, size, sent, taken))
+        return reply
+
+    def _cookies(self, place: Target) -> tuple[str, tuple[str, ...]]:
+        """Give the Cookie header for *place*, and the names in it."""
+        if self.jar is None or not len(self.jar):
+            return "", ()
+        host, path, secure, now = place.host, place.path, place.is_secure, self.now()
+        header = self.jar.header_for(host=host, path=path, secure=secure, now=now)
+        if not header:
+            return "", ()
+        return header, self.jar.names_for(host=host, path=path, secure=secure, now=now)
+
+    def _store(self, place: Target, reply: HopReply) -> tuple[str, ...]:
+        """Keep what *reply* sets, and name it."""
+        if self.jar is None:
+            return ()
+        set_cookies = [value for name, value in reply.headers if name == "set-cookie"]
+        if not set_cookies:
+            return ()
+        return self.jar.store(
+            set_cookies,
+            host=place.host,
+            path=place.path,
+            secure=place.is_secure,
+            now=self.now(),
+        )
+
+
+def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
+    """Make the function that finds what a template's placeholders stand for in *request*."""
+
+    def look(placeholder: Placeholder) -> str:
+        match placeholder.kind:
+            case "query":
+                return request.query.get(placeholder.name, "")
+            case "header":
+                return request.headers.get(placeholder.name, "")
+            case "viewer":
+                return viewer
+            case "client_ip":
+                return request.device.ip
+            case "rest":
+                return request.rest
+
+    return look
+
+
+def _with_rest(url: str, rest: str) -> str:
+    """Append the *rest* of a route's path to the path of *url*, as reverse proxies do."""
+    path, mark, query = url.partition("?")
+    return f"{path.rstrip('/')}/{rest}{mark}{query}"

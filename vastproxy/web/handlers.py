@@ -1,0 +1,163 @@
+"""
+From aiohttp's request to ours, and from our answer to aiohttp's.
+
+Rule 1: what a client says about somebody else (``X-Forwarded-For``, ``X-Device-*``,
+``X-Request-Id``) is believed from trusted proxies only.
+Rule 2: every answer, an empty one and an error too, carries the CORS headers of VAST 4.3
+section 3: without them a player reports a network error instead of "no ad".
+"""
+
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+
+from vastproxy.model import AdRequest, AdResponse, Device, Query
+
+ALLOWED = "GET, HEAD, OPTIONS"
+EXPOSED = "X-Request-Id, Server-Timing"
+PREFLIGHT_SECONDS = "86400"
+CONTENT_TYPE = "application/xml; charset=utf-8"
+
+Networks = tuple[IPv4Network | IPv6Network, ...]
+
+
+def ad_request(
+    request: web.BaseRequest, route: str, rest: str, *, trusted: Networks, received: float
+) -> AdRequest:
+    """Read what the flow needs of *request*; *received* is a time on the loop's clock."""
+    peer = request.remote or ""
+    believed = _is_trusted(peer, trusted)
+    return AdRequest(
+        route=route,
+        rest=clean(rest),
+        query=Query(clean(_raw_query(request))),
+        headers=request.headers,
+        device=_device(request.headers, peer, trusted if believed else None),
+        request_id=request.headers.get("X-Request-Id", "") if believed else "",
+        received=received,
+    )
+
+
+def clean(text: str) -> str:
+    """Replace lone surrogates (bytes that were no UTF-8): they cannot be encoded again."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def raw_path(request: web.BaseRequest) -> str:
+    """Give the path as it was sent, without the query; also for a request in absolute form."""
+    path = request.raw_path
+    if not path.startswith("/"):
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path.partition("?")[0]
+
+
+def _raw_query(request: web.BaseRequest) -> str:
+    return request.raw_path.partition("?")[2].partition("#")[0]
+
+
+def _is_trusted(peer: str, trusted: Networks) -> bool:
+    """Whether *peer* is one of ours. A Unix socket has no address: who may open it is trusted."""
+    if not peer:
+        return True
+    if not trusted:
+        return False
+    try:
+        address = ip_address(peer.partition("%")[0])
+    except ValueError:
+        return False
+    return any(address in network for network in trusted)
+
+
+def _device(headers: Mapping[str, str], peer: str, trusted: Networks | None) -> Device:
+    """Say who asks; *trusted* is None where the peer itself is not believed."""
+    agent = headers.get(hdrs.USER_AGENT, "")
+    referer = headers.get(hdrs.REFERER, "")
+    language = headers.get(hdrs.ACCEPT_LANGUAGE, "")
+    if trusted is None:
+        return Device(peer, agent, referer, language, forwarded_for=peer)
+    chain = [part.strip() for part in headers.get("X-Forwarded-For", "").split(",") if part.strip()]
+    return Device(
+        ip=_address(headers.get("X-Device-IP", "")) or _first_untrusted(chain, trusted) or peer,
+        user_agent=headers.get("X-Device-User-Agent", agent),
+        referer=headers.get("X-Device-Referer", referer),
+        accept_language=headers.get("X-Device-Accept-Language", language),
+        requested_with=headers.get("X-Device-Requested-With", ""),
+        forwarded_for=", ".join([*chain, *([peer] if peer else [])]),
+    )
+
+
+def _first_untrusted(chain: list[str], trusted: Networks) -> str:
+    """Give the last address of *chain* that is not one of ours: what is before it may be forged."""
+    for each in reversed(chain):
+        address = _address(each)
+        if not address:
+            return ""
+        if not _is_trusted(address, trusted):
+            return address
+    return _address(chain[0]) if chain else ""
+
+
+def _address(text: str) -> str:
+    """Give *text* if it is an IP address, without port and brackets; else nothing."""
+    host = text.strip()
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        return ""
+
+
+def cors(request: web.BaseRequest) -> CIMultiDict[str]:
+    """
+    Give the headers that let a player read the answer (VAST 4.3 section 3).
+
+    The origin is echoed, with credentials; where there is none, or ``null``, anybody may read,
+    and credentials are not mentioned: some players break on the two together.
+    """
+    origin = request.headers.get(hdrs.ORIGIN, "")
+    headers: CIMultiDict[str] = CIMultiDict()
+    if origin and origin != "null":
+        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = clean(origin)
+        headers[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
+    else:
+        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
+    headers[hdrs.VARY] = hdrs.ORIGIN
+    headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED
+    headers[hdrs.SERVER] = "vastproxy"
+    return headers
+
+
+def answered(request: web.BaseRequest, response: AdResponse, seconds: float) -> web.Response:
+    """Write an ad response that took *seconds*."""
+    headers = cors(request)
+    headers[hdrs.CONTENT_TYPE] = CONTENT_TYPE
+    headers[hdrs.CACHE_CONTROL] = "no-store"
+    headers["X-Request-Id"] = response.request_id
+    steps = [*response.timings, ("total", seconds * 1000)]
+    headers["Server-Timing"] = ", ".join([f"{name};dur={took:.1f}" for name, took in steps])
+    return web.Response(body=response.body, headers=headers)
+
+
+def preflight(request: web.BaseRequest) -> web.Response:
+    """Answer ``OPTIONS``: players that add headers ask first."""
+    headers = cors(request)
+    headers[hdrs.ALLOW] = ALLOWED
+    headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = ALLOWED
+    headers[hdrs.ACCESS_CONTROL_MAX_AGE] = PREFLIGHT_SECONDS
+    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+    if asked:
+        headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = clean(asked)
+    return web.Response(status=204, headers=headers)
+
+
+def refused(request: web.BaseRequest, status: int, text: str) -> web.Response:
+    """Answer with an HTTP error *status*, and say why in plain *text*."""
+    headers = cors(request)
+    if status == web.HTTPMethodNotAllowed.status_code:
+        headers[hdrs.ALLOW] = ALLOWED
+    return web.Response(status=status, text=text + "\n", headers=headers)
