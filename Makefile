@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := vastproxy plugins tests benchmarks
+SOURCES := vastproxy tests benchmarks
 
 .PHONY: help install demo test check fix bench clean
 

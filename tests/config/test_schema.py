@@ -137,7 +137,8 @@ def test_endpoint_of_the_player_needs_hosts() -> None:
         ("a placeholder in its host", "https://ads.example.com{rest}"),
         ("a placeholder in its host", "https://ads.example.com:{query.port}/"),
         ("a placeholder in its host", "http{query.s}://ads.example.com/"),
-        ("a user and a password", "https://{query.user}@ads.example.com/"),
+        ("a placeholder in its host", "https://{query.user}@ads.example.com/"),
+        ("a user and a password", "https://user:secret@ads.example.com/{rest}"),
         ("is no host", "https://[CACHEBUSTING].example.com/"),
         ("has a fragment", "https://ads.example.com/vast#top"),
         ("no URL can have", "https://ads.example.com/v\u00e4st"),
@@ -145,8 +146,6 @@ def test_endpoint_of_the_player_needs_hosts() -> None:
 )
 def test_endpoint_names_its_host(message: str, endpoint: str) -> None:
     """A request cannot choose any part of the host of an ordinary endpoint."""
-    if "@" in endpoint:
-        endpoint = endpoint.replace("{query.user}", "user")
     with pytest.raises(ValidationError, match=message):
         an_upstream(endpoint=endpoint)
 
@@ -166,7 +165,9 @@ def test_endpoint_is_an_absolute_url(endpoint: str) -> None:
     assert endpoint == str(an_upstream(endpoint=endpoint).endpoint)
 
 
-@pytest.mark.parametrize("name", ["Host", "content-length", "Connection", "TE", "Upgrade", "a b", ""])
+@pytest.mark.parametrize(
+    "name", ["Host", "content-length", "Connection", "TE", "Upgrade", "a b", ""]
+)
 def test_header_of_the_connection_cannot_be_set(name: str) -> None:
     """Headers that belong to the connection, and names that are no tokens, are refused."""
     with pytest.raises(ValidationError):
@@ -210,7 +211,9 @@ def test_bad_path_is_refused(path: str) -> None:
         a_route(path=path)
 
 
-@pytest.mark.parametrize("path", ["/", "/{rest}", "/vast/pre-roll.xml", "/a/{rest}", "/hops", "/%20"])
+@pytest.mark.parametrize(
+    "path", ["/", "/{rest}", "/vast/pre-roll.xml", "/a/{rest}", "/hops", "/%20"]
+)
 def test_path_is_accepted(path: str) -> None:
     """A path may be short, may end in ``/{rest}``, and may begin like a reserved one."""
     assert path == a_route(path=path).path
@@ -241,7 +244,9 @@ def test_unknown_macro_is_answered_with_the_nearest() -> None:
 
 def test_macro_may_use_rest_where_there_is_one() -> None:
     """A route's macro can take ``{rest}`` only if the path has it."""
-    assert "{rest}" == str(a_route(path="/a/{rest}", macros={"CONTENTID": "{rest}"}).macros["CONTENTID"])
+    assert "{rest}" == str(
+        a_route(path="/a/{rest}", macros={"CONTENTID": "{rest}"}).macros["CONTENTID"]
+    )
     with pytest.raises(ValidationError, match="end the path in"):
         a_route(macros={"CONTENTID": "{rest}"})
 

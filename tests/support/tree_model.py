@@ -211,6 +211,20 @@ def paths(response: Response, *, multiple: bool) -> list[Path]:
     return chosen
 
 
+def sequences(root: Response) -> tuple[int, ...]:
+    """
+    Number the ads that :func:`paths` chooses of *root*.
+
+    A pod of which every ad gave one keeps its numbers; else they are counted from 1, because a
+    gap tells of a lost ad, and numbers are unique (VAST 4.3 section 3.3.1).
+    """
+    pod = sorted(ad.sequence for ad in root.ads if ad.sequence is not None)
+    each = [_paths_of_ad(ad) for ad in root.ads if ad.sequence is not None]
+    if pod and all(len(found) == 1 for found in each):
+        return tuple(pod)
+    return tuple(range(1, len(paths(root, multiple=True)) + 1))
+
+
 def _next_spare(spare: list[Ad]) -> list[Path]:
     while spare:
         if found := _paths_of_ad(spare.pop(0)):

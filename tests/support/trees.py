@@ -25,6 +25,7 @@ from tests.support.tree_model import (
     Verification,
     merged,
     paths,
+    sequences,
 )
 from tests.support.tree_writer import TreeWriter
 from tests.support.vast_facts import Fact, faults, place_of_verifications, read, version
@@ -76,6 +77,9 @@ FAILURES = (
 )
 """What is answered where a response fails."""
 
+UNKNOWN = "unknown"
+"""The registry of a UniversalAdId where the InLine needs one and the wrapper's creative has none."""
+
 LINEAR_EVENTS = ("start", "firstQuartile", "midpoint", "thirdQuartile", "complete", "mute")
 """In all versions; others are in only some."""
 
@@ -101,6 +105,8 @@ class Tree:
     """By path and query; by path alone where the query holds a macro."""
     ads: tuple[Expected, ...]
     """In pod order."""
+    sequences: tuple[int, ...]
+    """Of several ads: what they are numbered with."""
     stackable: bool
     """False: the document below the root is chosen from otherwise if it is a root itself."""
 
@@ -119,7 +125,8 @@ def grow(seed: int, server: str, *, first_hop: str = "") -> Tree:
     expected = (
         Expected(path[-1].id, path[-1].version, merged(path)) for path in paths(root, multiple=True)
     )
-    return Tree(seed, root.asked_at or root.target, pages, tuple(expected), shape != "choice")
+    entry = root.asked_at or root.target
+    return Tree(seed, entry, pages, tuple(expected), sequences(root), shape != "choice")
 
 
 def misfits(tree: Tree, answer: bytes) -> list[str]:
@@ -128,9 +135,12 @@ def misfits(tree: Tree, answer: bytes) -> list[str]:
     if [ad.id for ad in tree.ads] != [ad.id for ad in found]:
         return [f"ads are {[ad.id for ad in found]}, not {[ad.id for ad in tree.ads]}"]
     told = faults(answer)
+    if len(found) > 1 and [str(each) for each in tree.sequences] != [ad.sequence for ad in found]:
+        told.append(f"sequences are {[ad.sequence for ad in found]}, not {tree.sequences}")
     for expected, ad in zip(tree.ads, found, strict=True):
         told += [f"{ad.id} lacks {fact}" for fact in (expected.facts - ad.facts).elements()]
-        told += [f"{ad.id} has {fact}" for fact in (ad.facts - expected.facts).elements()]
+        surplus = (ad.facts - expected.facts).elements()
+        told += [f"{ad.id} has {fact}" for fact in surplus if fact.event != UNKNOWN]
     if len(found) == 1:
         told += _misfits_of_version(tree.ads[0], answer)
     return told

@@ -578,11 +578,11 @@ class Route(Settings):
 class Config(Settings):
     """The whole of config.yaml. Made by :func:`vastproxy.config.load.load`."""
 
-    server: Server = _setting({}, "The listeners, and what is true for all routes.")
+    server: Server = _setting({}, "Listeners, limits, and what is true for all routes.")
     state: Annotated[str, AfterValidator(_in_memory)] = _setting(
         "memory://", "Where state is kept that outlives a request. This version has memory only."
     )
-    log: Log = _setting({}, "What is written to standard error, and how.")
+    log: Log = _setting({}, "How much is logged, and in which form.")
     egress: Egress = _setting({}, "Where URLs that third parties name may lead.")
     upstreams: Annotated[
         Mapping[Annotated[str, AfterValidator(_upstream_name)], Upstream], AfterValidator(_some)

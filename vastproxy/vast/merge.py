@@ -231,7 +231,7 @@ def _collect_creative_extensions(found: _Material, _: etree._Element) -> None:
     found.dropped["CreativeExtensions"] += 1
 
 
-_Collector = Callable[[_Material, etree._Element], None]
+_Collector = Callable[[_Material, etree._Element], None]  # noqa: SLF001 - lxml's public type
 _COLLECTORS: dict[str, _Collector] = {
     "Impression": _collect_impression,
     "Error": _collect_error,
@@ -416,7 +416,7 @@ class _Target:
         kept["CompanionClickTracking"] += len(clicks)
 
     def _append_companions(self, ads: etree._Element, nodes: list[etree._Element]) -> None:
-        """Append companions in a creative of their own: ``required`` of the wrapper is about them."""
+        """Append companions in a creative of their own: *ads* has their ``required``."""
         creative = _make(self.creatives, "Creative")
         if self.version >= (4, 0):
             # Required in an InLine's creative; "unknown" is the value of VAST 4.3 section 3.7.1.

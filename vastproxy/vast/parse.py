@@ -38,9 +38,31 @@ _DECLARATION = re.compile(
 )
 # What browsers read too, less those that can hide a "<" (UTF-7, EBCDIC, the ISO-2022 family).
 _ENCODINGS = frozenset(
-    "utf-8 utf8 us-ascii ascii iso-8859-1 latin-1 latin1 iso-8859-2 iso-8859-15 windows-1250 "
-    "windows-1251 windows-1252 windows-1254 cp1251 cp1252 koi8-r shift_jis euc-jp euc-kr gb2312 "
-    "gbk gb18030 big5".split()
+    [
+        "utf-8",
+        "utf8",
+        "us-ascii",
+        "ascii",
+        "iso-8859-1",
+        "latin-1",
+        "latin1",
+        "iso-8859-2",
+        "iso-8859-15",
+        "windows-1250",
+        "windows-1251",
+        "windows-1252",
+        "windows-1254",
+        "cp1251",
+        "cp1252",
+        "koi8-r",
+        "shift_jis",
+        "euc-jp",
+        "euc-kr",
+        "gb2312",
+        "gbk",
+        "gb18030",
+        "big5",
+    ]
 )
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 # Declared so, but read byte by byte without a NUL: the declaration is wrong.

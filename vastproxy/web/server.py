@@ -7,8 +7,8 @@ gets 200 and an empty VAST, and the log gets the traceback.
 
 import asyncio
 from dataclasses import dataclass
-from time import perf_counter
 from http import HTTPMethod
+from time import perf_counter
 
 import structlog
 from aiohttp import web
