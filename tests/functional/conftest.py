@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.ad_server import AdServer, in_thread
+from tests.support.ad_server import AdServer, Reply, in_thread
 from tests.support.proxy import Proxy, running_proxy
 
 StartProxy = Callable[[dict[str, Any]], Proxy]
@@ -24,8 +24,10 @@ def ad_server() -> Iterator[AdServer]:
 
 @pytest.fixture
 def ads(ad_server: AdServer) -> AdServer:
-    """Give the module's ad server with none but the requests that the test causes."""
+    """Give the module's ad server as if new: it knows no answer, and was asked for nothing."""
     ad_server.requests.clear()
+    ad_server.replies.clear()
+    ad_server.fallback = Reply(status=404)
     return ad_server
 
 

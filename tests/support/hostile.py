@@ -220,12 +220,6 @@ CONNECTIONS = (
         _USED,
         lambda s: (reply(s.document) + reply(an_inline(SMUGGLED.decode())), End.KEEP),
     ),
-    Fault(
-        "late_second_reply",
-        "the same, while the connection lies idle",
-        _USED,
-        lambda s: (reply(s.document), DRIP, reply(an_inline(SMUGGLED.decode())), End.KEEP),
-    ),
 )
 
 ENDLESS = (
@@ -795,6 +789,16 @@ FAULTS: tuple[Fault, ...] = (
     *PLACES,
 )
 
+LATE_SECOND_REPLY = Fault(
+    "late_second_reply",
+    "a second response that nobody asked for, while the connection lies idle",
+    _USED,
+    lambda s: (reply(s.document), DRIP, reply(an_inline(SMUGGLED.decode())), End.KEEP),
+)
+"""
+Not among the others: what else is asked on the same connection meanwhile is harmed by right.
+"""
+
 
 def _half(data: bytes) -> bytes:
     return data[: len(data) // 2]
@@ -941,7 +945,9 @@ class HostileServer:
         self.forbidden = forbidden
         self.documents: dict[str, bytes] = {}
         self.seen: list[Seen] = []
-        self._faults: Mapping[str, Fault] = {each.name: each for each in FAULTS}
+        self._faults: Mapping[str, Fault] = {
+            each.name: each for each in (*FAULTS, LATE_SECOND_REPLY)
+        }
         self._ports = _Listeners(plain=port)
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = contextlib.AsyncExitStack()
@@ -1085,7 +1091,7 @@ async def _serve_by_hand(port: int) -> None:
     with Trap("127.0.0.2") as trap:
         forbidden = f"http://127.0.0.2:{trap.port}/"
         async with HostileServer(port=port, forbidden=forbidden) as server:
-            for fault in FAULTS:
+            for fault in (*FAULTS, LATE_SECOND_REPLY):
                 sys.stdout.write(f"{server.url(fault, 'ad'):64} {fault.description}\n")
             sys.stdout.flush()
             await asyncio.Event().wait()

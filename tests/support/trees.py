@@ -78,7 +78,7 @@ FAILURES = (
 """What is answered where a response fails."""
 
 UNKNOWN = "unknown"
-"""The registry of a UniversalAdId where the InLine needs one and the wrapper's creative has none."""
+"""The registry of a UniversalAdId that an InLine needs and the creative of a wrapper has not."""
 
 LINEAR_EVENTS = ("start", "firstQuartile", "midpoint", "thirdQuartile", "complete", "mute")
 """In all versions; others are in only some."""

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from vastproxy.config.schema import Config, json_schema, settings_at
 from vastproxy.config.template import Template
-from vastproxy.config.units import shown
+from vastproxy.config.units import LONGEST_SHOWN, shown
 from vastproxy.errors import ConfigError
 
 Place = tuple[str | int, ...]
@@ -36,7 +36,11 @@ MAX_ALIASES: Final = 100
 MAX_DEPTH: Final = 50
 """Levels of nesting, aliases followed. The schema has six."""
 MAX_VALUES: Final = 100_000
-"""Values, aliases followed. A file of the longest size without aliases stays below."""
+"""Values, aliases followed. Thousands of routes have fewer."""
+MOST_COMPARED: Final = 200
+"""Names among which the nearest to a misspelt one is looked for."""
+MOST_LISTED: Final = 20
+"""Names in one message. No section has more settings."""
 SHORTEST_SECRET: Final = 4
 """Characters. Shorter values of variables are words such as ``on``, which messages need."""
 
@@ -109,7 +113,8 @@ def loads(text: str, *, source: str, environ: Mapping[str, str]) -> Config:
     config, found = _validated(data)
     faults = [*reader.faults, *(each for each in found if not reader.lost(each.place))]
     if config is None or faults:
-        raise ConfigError(source, _problems(faults, reader))
+        told = sorted({reader.told(each) for each in faults})
+        raise ConfigError(source, tuple(problem for _, problem in told))
     return config
 
 
@@ -179,8 +184,12 @@ def _weigh(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[i
     weights = [_weigh(each, known) for each in _children(node)]
     size = 1 + sum(size for size, _ in weights)
     depth = 1 + max((depth for _, depth in weights), default=0)
-    if size > MAX_VALUES or depth > MAX_DEPTH:
-        raise _limit("too much is repeated by aliases", "write some of them out", node.start_mark)
+    if size > MAX_VALUES:
+        problem = f"more than {MAX_VALUES} values, with what aliases repeat"
+        raise _limit(problem, "write fewer", node.start_mark)
+    if depth > MAX_DEPTH:
+        problem = f"nested deeper than {MAX_DEPTH} levels, with what aliases repeat"
+        raise _limit(problem, "write fewer", node.start_mark)
     known[id(node)] = size, depth
     return size, depth
 
@@ -227,6 +236,7 @@ class _Reader:
         self._environ = environ
         self._lines: dict[Place, int] = {(): 1}
         self._lost: set[Place] = set()
+        # What was put in at or below a place: messages may show a list as a whole.
         self._variables: dict[Place, list[tuple[str, str]]] = {}
 
     def read(self, node: yaml.Node, place: Place) -> object:
@@ -244,22 +254,17 @@ class _Reader:
         """Tell whether a fault at *place* only follows from one that is noted already."""
         return any(place[:length] in self._lost for length in range(len(place) + 1))
 
-    def located(self, fault: Fault) -> tuple[int, Place]:
-        """Give the line of *fault*, and so much of its place as the file has."""
+    def told(self, fault: Fault) -> tuple[int, str]:
+        """Write *fault* down: its line, and the whole problem for the operator."""
         place = fault.place
         known = next(n for n in range(len(place), -1, -1) if place[:n] in self._lines)
         # A missing setting keeps its name; an index into what is no list, and pydantic's mark
         # for a wrong key, mean nothing to the reader.
         missing = known < len(place) and isinstance(place[known], str) and place[known] != "[key]"
-        return fault.line or self._lines[place[:known]], place[: known + missing]
-
-    def concealed(self, fault: Fault) -> str:
-        """Give the message of *fault* without the values of environment variables."""
-        message = fault.message
-        for place, variables in self._variables.items():
-            if place[: len(fault.place)] == fault.place or fault.place[: len(place)] == place:
-                message = _without(message, variables)
-        return message
+        path = ".".join(str(step)[:LONGEST_SHOWN] for step in place[: known + missing])
+        line = fault.line or self._lines[place[:known]]
+        message = _without(fault.message, self._variables.get(place[:known], ()))
+        return line, f"line {line}: {path}: {message}" if path else f"line {line}: {message}"
 
     def _list(self, node: yaml.SequenceNode, place: Place) -> list[object]:
         for index, each in enumerate(node.value):
@@ -296,8 +301,8 @@ class _Reader:
             return self._environ[name]
 
         filled = _VARIABLE.sub(value, text)
-        if variables:
-            self._variables[place] = variables
+        for length in range(len(place) + 1) if variables else ():
+            self._variables.setdefault(place[:length], []).extend(variables)
         for name in missing:
             self._lose(place, _missing_variable(name))
         return None if missing else filled
@@ -319,9 +324,12 @@ def _missing_variable(name: str) -> str:
 
 def _without(message: str, variables: Iterable[tuple[str, str]]) -> str:
     for name, value in variables:
-        if len(value) >= SHORTEST_SECRET:
-            message = message.replace(value, f"${{{name}}}")
-            message = message.replace(repr(value)[1:-1], f"${{{name}}}")
+        if len(value) < SHORTEST_SECRET:
+            continue
+        quoted = repr(value)[1:-1]
+        message = message.replace(value, f"${{{name}}}").replace(quoted, f"${{{name}}}")
+        for length in range(min(len(quoted), LONGEST_SHOWN), SHORTEST_SECRET - 1, -1):
+            message = message.replace(f"{quoted[:length]}...", f"${{{name}}}...")
     return message
 
 
@@ -352,16 +360,6 @@ def _validated(data: object) -> tuple[Config | None, list[Fault]]:
         return None, [*(_fault(each, whole) for each in error.errors()), *between]
 
 
-def _problems(faults: Iterable[Fault], reader: _Reader) -> tuple[str, ...]:
-    told = set()
-    for fault in faults:
-        line, place = reader.located(fault)
-        path = ".".join(str(step)[:60] for step in place)
-        message = f"{path}: {reader.concealed(fault)}" if path else reader.concealed(fault)
-        told.add((line, f"line {line}: {message}"))
-    return tuple(text for _, text in sorted(told))
-
-
 def _fault(error: ErrorDetails, whole: dict[str, Any]) -> Fault:
     if error["type"] == "extra_forbidden":
         *section, name = error["loc"]
@@ -370,9 +368,15 @@ def _fault(error: ErrorDetails, whole: dict[str, Any]) -> Fault:
 
 
 def _unknown_setting(name: str, names: tuple[str, ...]) -> str:
-    near = get_close_matches(name[:64], names, n=1)
-    advice = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-    return f"unknown setting {shown(name)} ({advice})"
+    return f"unknown setting {shown(name)} ({_advice(name, names)})"
+
+
+def _advice(name: str, names: tuple[str, ...]) -> str:
+    near = get_close_matches(name[:LONGEST_SHOWN], names[:MOST_COMPARED], n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    more = ", ..." if len(names) > MOST_LISTED else ""
+    return f"there are: {', '.join(names[:MOST_LISTED])}{more}"
 
 
 def _explained(error: ErrorDetails) -> str:
@@ -399,40 +403,42 @@ def _faults_between_sections(data: object) -> Iterator[Fault]:
     """
     if not isinstance(data, dict) or not isinstance(data.get("routes"), list):
         return
-    upstreams = data.get("upstreams")
-    first: dict[object, int] = {}
-    for index, route in enumerate(data["routes"]):
-        if not isinstance(route, dict):
-            continue
+    routes = [(index, each) for index, each in enumerate(data["routes"]) if isinstance(each, dict)]
+    yield from _repeated_paths(routes)
+    if isinstance(upstreams := data.get("upstreams"), dict):
+        deep = {name for name, each in upstreams.items() if _takes_rest(each)}
+        for index, route in routes:
+            yield from _faults_of_upstreams(index, route, tuple(upstreams), deep)
+
+
+def _repeated_paths(routes: list[tuple[int, dict[str, object]]]) -> Iterator[Fault]:
+    first: dict[str, int] = {}
+    for index, route in routes:
         path = route.get("path")
         if isinstance(path, str) and first.setdefault(path, index) != index:
             message = f"routes.{first[path]} has the path {shown(path)} already (write another)"
             yield Fault(("routes", index, "path"), message)
-        if isinstance(upstreams, dict):
-            yield from _faults_of_upstreams(index, route, upstreams)
 
 
 def _faults_of_upstreams(
-    index: int, route: dict[str, object], upstreams: dict[str, object]
+    index: int, route: dict[str, object], known: tuple[str, ...], deep: set[str]
 ) -> Iterator[Fault]:
+    """Judge the upstreams that *route* names; those in *deep* need the rest of its path."""
     names, path = route.get("upstreams"), route.get("path")
+    flat = isinstance(path, str) and not path.endswith("/{rest}")
     for position, name in enumerate(names if isinstance(names, list) else [names]):
         place = ("routes", index, "upstreams", position)
         if not isinstance(name, str) or not name.strip():
             continue
-        if name not in upstreams:
-            yield Fault(place, _unknown_upstream(name, tuple(upstreams)))
-        elif (
-            isinstance(path, str) and not path.endswith("/{rest}") and _takes_rest(upstreams[name])
-        ):
+        if name not in known:
+            yield Fault(place, _unknown_upstream(name, known))
+        elif flat and name in deep:
             message = f"{shown(name)} uses {{rest}}, but the path has none (end it in /{{rest}})"
             yield Fault(place, message)
 
 
 def _unknown_upstream(name: str, names: tuple[str, ...]) -> str:
-    near = get_close_matches(name[:64], names, n=1)
-    advice = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-    return f"no upstream is called {shown(name)} ({advice})"
+    return f"no upstream is called {shown(name)} ({_advice(name, names)})"
 
 
 def _takes_rest(upstream: object) -> bool:

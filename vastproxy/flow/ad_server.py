@@ -116,7 +116,7 @@ class AdServer:
 
         With a *document*, the chain starts there, and nobody is asked for the first one.
         """
-        trace = Trace()
+        trace = Trace(detailed=True)
         outcome = await self._ask(route, request, self._context(route, request), trace, document)
         body, notes = written(route, outcome)
         return Explained(body, tuple(trace.ordered()), notes, outcome)
@@ -207,10 +207,9 @@ class AdServer:
 def _send(reporter: ErrorReporter, session: VastSession, report: Report) -> None:
     if not report.uris:
         return
-    headers = session.upstream.device_headers(session.request_facts.device)
     for uri in report.uris:
         url = session.upstream.filled_error(uri, session, report.code)
-        reporter.send(Ping(url, headers, session.context.request_id))
+        reporter.send(Ping(url, session.device_headers, session.context.request_id))
 
 
 def _facts(

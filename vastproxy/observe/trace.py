@@ -57,8 +57,10 @@ class Hop:
 
 @dataclass(slots=True)
 class Trace:
-    """The hops of one ad request, in the order in which they began. Grows while it is served."""
+    """The hops of one ad request. Grows while it is served."""
 
+    detailed: bool = False
+    """Whether hops also tell the ads of their documents: for people who ask why."""
     hops: list[Hop] = field(default_factory=list)
     begun: int = 0
 

@@ -114,6 +114,8 @@ class VastSession:
         self.macros = macros
         self.request_facts = request
         self.trace = trace or Trace()
+        self.device_headers = upstream.device_headers(request.device)
+        """What every hop of this session is told of the device."""
         self._closed = False
 
     @property

@@ -235,6 +235,7 @@ def _hop(
     document: VastDocument | None = None,
     error: UpstreamError | VastError | None = None,
 ) -> Hop:
+    detailed = session.trace.detailed
     return Hop(
         number=place.number,
         parent=place.parent,
@@ -243,8 +244,8 @@ def _hop(
         url=place.url,
         exchanges=exchanges,
         milliseconds=milliseconds,
-        version=".".join(map(str, document.version)) if document else "",
-        ads=tuple([_fact(each) for each in document.ads]) if document else (),
+        version=".".join(map(str, document.version)) if detailed and document else "",
+        ads=tuple([_fact(each) for each in document.ads]) if detailed and document else (),
         repairs=document.repairs if document else (),
         code=error.vast_code if error else None,
         problem=str(error) if error else "",

@@ -197,7 +197,7 @@ class VastUpstream:
         self, session: VastSession, *, trusted: bool, further: Mapping[str, str]
     ) -> tuple[tuple[str, str], ...]:
         """Give the headers of a request; the operator's own go to the operator's address only."""
-        headers = self.device_headers(session.request_facts.device)
+        headers = session.device_headers
         if not trusted:
             return headers
         look = lookup(session.request_facts.ad_request, session.request_facts.viewer)

@@ -8,7 +8,6 @@ VAST 4 should have the IAB's, and the wild has both, prefixes, and neighbours of
 
 import re
 from collections.abc import Iterator
-from functools import cached_property
 
 from lxml import etree
 
@@ -128,20 +127,16 @@ class Ad:
 class VastDocument:
     """A parsed document. *repairs* says, in words, what had to be mended to read it."""
 
+    __slots__ = ("ads", "repairs", "root", "version")
+
     def __init__(self, root: etree._Element, repairs: tuple[str, ...] = ()) -> None:
         self.root = root
         self.repairs = repairs
-
-    @cached_property
-    def ads(self) -> list[Ad]:
-        """Every ``<Ad>``, in the order of the document."""
-        return [Ad(each, self) for each in children(self.root, "Ad")]
-
-    @cached_property
-    def version(self) -> tuple[int, int]:
+        match = _VERSION.match(root.get("version") or "")
+        self.version = (int(match[1]), int(match[2] or 0)) if match else DEFAULT_VERSION
         """The version as numbers, for comparing."""
-        match = _VERSION.match(self.root.get("version") or "")
-        return (int(match[1]), int(match[2] or 0)) if match else DEFAULT_VERSION
+        self.ads = [Ad(each, self) for each in children(root, "Ad")]
+        """Every ``<Ad>``, in the order of the document as it was read."""
 
     @property
     def error_elements(self) -> list[etree._Element]:

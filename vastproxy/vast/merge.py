@@ -117,7 +117,12 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
 
 def _with_text(elements: Iterable[etree._Element]) -> list[etree._Element]:
     """Leave out the trackers without a URL: they can only fail."""
-    return [each for each in elements if text_of(each)]
+    return [each for each in elements if _has_text(each)]
+
+
+def _has_text(element: etree._Element) -> bool:
+    text = element.text
+    return bool(text and not text.isspace()) or (len(element) > 0 and bool(text_of(element)))
 
 
 def _material(wrapper: Ad) -> _Material:
@@ -438,9 +443,9 @@ class _Target:
         if not material.verifications:
             return
         holder = self._verifications()
-        there = {_canonical(each) for each in children(holder, "Verification")}
+        there = {_meaning(each) for each in children(holder, "Verification")}
         nodes = give.nodes(material.verifications)
-        fresh = [each for each in nodes if not there or _canonical(each) not in there]
+        fresh = [each for each in nodes if not there or _meaning(each) not in there]
         _add(holder, "Verification", fresh, ())
         note.taken["Verification"] += len(fresh)
         note.dropped["Verification"] += len(nodes) - len(fresh)
@@ -492,6 +497,9 @@ def rename(element: etree._Element, source: str, target: str) -> None:
         tag = str(each.tag)
         if tag.startswith(prefix) if prefix else tag[0] != "{":
             each.tag = _qualified(tag[len(prefix) :], target)
+    # A declaration of the old namespace on the element itself would be written out again, and
+    # claim it back.
+    etree.cleanup_namespaces(element)
 
 
 @lru_cache(maxsize=512)
@@ -558,9 +566,11 @@ def _size(companion: etree._Element) -> tuple[str, str] | None:
     return None if {width, height} & {"", "0"} else (width, height)
 
 
-def _canonical(element: etree._Element) -> bytes:
-    # Not C14N: it refuses relative namespace names, and a document may have any.
-    return etree.tostring(element, with_tail=False)
+def _meaning(element: etree._Element) -> tuple[object, ...]:
+    """Give what *element* says, whatever way it is written: for finding a verification again."""
+    inner = tuple([_meaning(each) for each in element.iterchildren(etree.Element)])
+    text = "" if inner else text_of(element)
+    return local_name(element), tuple(sorted(element.attrib.items())), text, inner
 
 
 def base_of(unwrapped: Unwrapped) -> VastDocument:

@@ -1,0 +1,136 @@
+"""The context of a new ad request, and what the proxy knows of its macros."""
+
+import uuid
+
+import pytest
+
+from vastproxy import __version__
+from vastproxy.model import AdRequest, Device
+from vastproxy.session.factory import SessionFactory, TimestampStyle, macros_of
+from vastproxy.session.session import Request
+from vastproxy.vast.macros import Macros
+
+NOON = 1_795_435_200.123
+
+
+@pytest.fixture
+def factory() -> SessionFactory:
+    """Give a factory whose clock stands still, and for which no name is a public suffix."""
+    return SessionFactory(lambda _: False, now=lambda: NOON)
+
+
+def a_request(*, macros: dict[str, str] | None = None, **device: str) -> Request:
+    """Build a request of a device that is described by *device*."""
+    return Request(AdRequest("/", device=Device(**device)), macros=macros or {})
+
+
+def known(
+    factory: SessionFactory, request: Request | None = None, style: TimestampStyle = "unix_ms"
+) -> Macros:
+    """Give what is known of the macros of *request*."""
+    return macros_of(factory.context(request_id="r1"), request or a_request(), style)
+
+
+def test_context_has_the_time_in_milliseconds(factory: SessionFactory) -> None:
+    """The timestamp is the factory's clock, in Unix milliseconds."""
+    assert 1_795_435_200_123 == factory.context().timestamp
+
+
+def test_context_takes_over_what_is_usable(factory: SessionFactory) -> None:
+    """A usable request id and correlator are taken over as they are."""
+    context = factory.context(request_id="edge:7/a+b=.-_", correlator="c&or=1")
+
+    assert ("edge:7/a+b=.-_", "c&or=1") == (context.request_id, context.correlator)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", " ", "a b", "a\nb", "a\r\nX: 1", "ü", "\x00", "x" * 129, "a\u2028b", "\udc85", "a\n"],
+)
+def test_context_makes_what_is_not_usable(factory: SessionFactory, given: str) -> None:
+    """A request id or correlator with anything odd in it, or too long, is replaced by a new one."""
+    context = factory.context(request_id=given, correlator=given)
+
+    assert 4 == uuid.UUID(context.request_id).version
+    assert 0 < int(context.correlator) < 2**63
+
+
+def test_contexts_are_each_new(factory: SessionFactory) -> None:
+    """Two ad requests at one moment share neither id nor correlator."""
+    one, two = factory.context(), factory.context()
+
+    assert one.request_id != two.request_id
+    assert one.correlator != two.correlator
+
+
+def test_cookies_are_copied_into_the_context(factory: SessionFactory) -> None:
+    """The player's cookies in the context are a copy, and can be hashed with it."""
+    cookies = {"uid": "me"}
+    context = factory.context(cookies=cookies)
+    cookies["uid"] = "you"
+
+    assert {"uid": "me"} == context.cookies
+    assert isinstance(hash(context), int)
+
+
+def test_jars_are_never_shared(factory: SessionFactory) -> None:
+    """Each ad request has a jar of its own."""
+    jar = factory.jar()
+    jar.put("uid", "1", "a.example")
+
+    assert 1 == len(jar)
+    assert 0 == len(factory.jar())
+
+
+def test_macros_of_the_session(factory: SessionFactory) -> None:
+    """What the session knows by itself fills the macros of VAST 4.3 section 6."""
+    context = factory.context(request_id="r1", correlator="77")
+    macros = macros_of(context, a_request(), "unix_ms")
+
+    assert "1795435200123" == macros.get("TIMESTAMP")
+    assert context.cachebusting == macros.get("CACHEBUSTING")
+    assert "77" == macros.get("CORRELATOR")
+    assert context.transaction_id == macros.get("TRANSACTIONID")
+    assert "1" == macros.get("SERVERSIDE")
+    assert "video" == macros.get("ADTYPE")
+    assert f"unknown%20vastproxy%2F{__version__}" == macros.get("CLIENTUA")
+    assert (macros.get("SERVERUA") or "").startswith(f"vastproxy%2F{__version__}%20(https")
+
+
+def test_timestamp_as_vast_4_has_it(factory: SessionFactory) -> None:
+    """ISO 8601 timestamps have milliseconds and an offset, and are percent-encoded once."""
+    macros = known(factory, style="iso8601")
+
+    assert "2026-11-23T12%3A00%3A00.123%2B00%3A00" == macros.get("TIMESTAMP")
+
+
+def test_macros_of_the_device(factory: SessionFactory) -> None:
+    """Address, agent and page of the device fill their macros, encoded once."""
+    request = a_request(ip="2001:db8::1", user_agent="TV 1/2", referer="https://p.example/a?b=c")
+    macros = known(factory, request)
+
+    assert "2001%3Adb8%3A%3A1" == macros.get("DEVICEIP")
+    assert "TV%201%2F2" == macros.get("DEVICEUA")
+    assert "https%3A%2F%2Fp.example%2Fa%3Fb%3Dc" == macros.get("PAGEURL")
+    assert "p.example" == macros.get("DOMAIN")
+
+
+def test_unknown_device_has_no_macros(factory: SessionFactory) -> None:
+    """What is not known of the device has no value."""
+    macros = known(factory)
+
+    assert {None} == {macros.get(name) for name in ("DEVICEIP", "DEVICEUA", "PAGEURL", "DOMAIN")}
+
+
+@pytest.mark.parametrize("referer", ["nonsense", "about:blank", "http://[::1", "http://[x]/", "//"])
+def test_page_without_a_readable_host_has_no_domain(factory: SessionFactory, referer: str) -> None:
+    """A referer that has no host, or is no URL, is an unknown domain and no failure."""
+    assert "-1" == known(factory, a_request(referer=referer)).get("DOMAIN")
+
+
+def test_route_knows_better(factory: SessionFactory) -> None:
+    """A macro that the route sets wins over what the proxy would say."""
+    request = a_request(user_agent="TV", macros={"DEVICEUA": "Phone", "IFA": "a b"})
+    macros = known(factory, request)
+
+    assert ("Phone", "a%20b") == (macros.get("DEVICEUA"), macros.get("IFA"))
