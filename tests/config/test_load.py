@@ -426,12 +426,14 @@ def test_mistake_in_a_file_has_the_path_of_the_file(tmp_path: Path) -> None:
 
 
 def _names() -> list[str]:
+    """List the names of all settings."""
     whole = json_schema()
     sections = (whole, *whole["$defs"].values())
     return sorted({name for each in sections for name in each["properties"]})
 
 
 def _structures() -> st.SearchStrategy[object]:
+    """Make nested lists and mappings over the names of the settings."""
     words = ["/vast", "/a/{rest}", "main", "{query.a}", "https://a.tv/{rest}", "2s", "off", "${A}"]
     scalars = st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(words), st.text()

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from vastproxy.config.load import load
 from vastproxy.config.schema import (
     KNOWN_MACROS,
     PROXY_MACROS,
@@ -297,6 +299,7 @@ _TYPES: Mapping[str, Any] = {
 def _section_fits(
     section: dict[str, object], schema: Mapping[str, Any], whole: Mapping[str, Any]
 ) -> bool:
+    """Judge a mapping: its names, and the value of each."""
     named, free = schema.get("properties", {}), schema["additionalProperties"]
     if set(schema.get("required", ())) - set(section) or (not free and set(section) - set(named)):
         return False
@@ -321,6 +324,14 @@ def test_json_schema_judges_like_the_program(fits: bool, text: str) -> None:  # 
     whole = json_schema()
 
     assert fits is _fits(yaml.safe_load(text), whole, whole)
+
+
+def test_config_that_ships_fits() -> None:
+    """The config.yaml at the top of the project is good, by the program and by the JSON Schema."""
+    path, whole = Path(__file__).parents[2] / "config.yaml", json_schema()
+
+    assert load(path, {}).routes
+    assert _fits(yaml.safe_load(path.read_text(encoding="utf-8")), whole, whole)
 
 
 def test_json_schema_describes_every_setting() -> None:

@@ -10,10 +10,12 @@ from vastproxy.config.template import Placeholder, Template
 
 
 def _encode(value: str) -> str:
+    """Percent-encode as strictly as possible."""
     return quote(value, safe="")
 
 
 def _found(placeholder: Placeholder) -> str:
+    """Find a value for any placeholder."""
     return f"<{placeholder.kind}/{placeholder.name}>"
 
 

@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 from lxml import etree
 
-from tests.support.ad_server import AdServer, Reply
+from tests.support.ad_server import AdServer, Reply, in_thread
 from tests.support.hostile import (
     DRIP,
     ENDLESS,
@@ -349,6 +349,20 @@ def test_nothing_forged(trial: Trial) -> None:
     assert 0 == trial.forbidden_connections
     assert [] == trial.forged_headers
     assert [] == trial.forged_cookies
+
+
+def test_no_second_request(tmp_path: Path) -> None:
+    """A request that reached an ad server is not repeated: it may have been counted."""
+    with in_thread(AdServer(fallback=Reply(reset=True))) as server:
+        config = {
+            "upstreams": {"only": {"endpoint": server.url("/{rest}")}},
+            "routes": [{"path": "/{rest}", "upstreams": ["only"]}],
+        }
+        with running_proxy(config, tmp_path) as proxy:
+            answer = proxy.get("/ad")
+
+        assert () == ad_ids(answer.body)
+        assert 1 == len(server.requests)
 
 
 @pytest.fixture(scope="module")

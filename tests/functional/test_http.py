@@ -160,7 +160,12 @@ def test_unknown_path(path: str, proxy: Proxy, ads: AdServer) -> None:
     ],
 )
 def test_cors(
-    origin: str | None, allowed: str, credentials: str, reply: Reply, proxy: Proxy, ads: AdServer
+    origin: str | None,
+    allowed: list[str],
+    credentials: list[str],
+    reply: Reply,
+    proxy: Proxy,
+    ads: AdServer,
 ) -> None:
     """The origin is echoed with credentials; without one, all are allowed, without credentials."""
     own = (("Access-Control-Allow-Origin", "https://other.example"),)
@@ -302,6 +307,7 @@ async def test_stop_in_the_middle(start_proxy: StartProxy, ads: AdServer) -> Non
     gate = asyncio.Event()
 
     async def slow(_: Received) -> bytes:
+        """Answer when the gate is open."""
         await gate.wait()
         return an_inline()
 

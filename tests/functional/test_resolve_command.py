@@ -37,6 +37,14 @@ def a_chain(ads: AdServer) -> str:
     return ads.url("/1?a={b}&c=%2f")
 
 
+def a_document(ads: AdServer) -> bytes:
+    """Give the first document of the chain, which *ads* serves from the second on."""
+    a_chain(ads)
+    document = ads.replies.pop("/1")
+    assert isinstance(document, bytes)
+    return document
+
+
 def impressions(document: bytes) -> list[list[str]]:
     """Give the impressions of each ad of *document*, in alphabetical order."""
     return [
@@ -59,9 +67,8 @@ def test_url(ads: AdServer) -> None:
 
 def test_file(ads: AdServer, tmp_path: Path) -> None:
     """A file is where the chain starts."""
-    a_chain(ads)
     path = tmp_path / "tag.xml"
-    path.write_bytes(ads.replies["/1"])
+    path.write_bytes(a_document(ads))
 
     assert MERGED == impressions(resolve(str(path)).stdout)
     assert [] == ads.seen("/1")
@@ -69,9 +76,7 @@ def test_file(ads: AdServer, tmp_path: Path) -> None:
 
 def test_standard_input(ads: AdServer) -> None:
     """``-`` reads the first document from standard input."""
-    a_chain(ads)
-
-    assert MERGED == impressions(resolve("-", stdin=ads.replies["/1"]).stdout)
+    assert MERGED == impressions(resolve("-", stdin=a_document(ads)).stdout)
 
 
 def test_max_hops(ads: AdServer) -> None:

@@ -11,7 +11,7 @@ import pytest
 from yarl import URL
 
 from tests.functional.conftest import StartProxy
-from tests.support.ad_server import AdServer, Received, Reply
+from tests.support.ad_server import AdServer, Answering, Received, Reply
 from tests.support.documents import a_wrapper, an_inline
 from tests.support.proxy import Proxy, a_config
 
@@ -133,7 +133,9 @@ async def test_viewers_at_once(proxy: Proxy, ads: AdServer) -> None:
     """Fifty viewers at one time, their hops mixed, never see each other's cookies or ids."""
     random = Random(1)
 
-    def hop(target: str, address: str) -> object:
+    def hop(target: str, address: str) -> Answering:
+        """Answer with a wrapper that leads to *target*, or an InLine, and a cookie."""
+
         def answer(request: Received) -> Reply:
             viewer = parse_qs(request.query)["v"][0]
             url = ads.url(f"{target}?v={viewer}&c=[CORRELATOR]", address=address)

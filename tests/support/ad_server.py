@@ -275,6 +275,7 @@ def in_thread(server: AdServer) -> Iterator[AdServer]:
     started: concurrent.futures.Future[asyncio.Event] = concurrent.futures.Future()
 
     async def serve() -> None:
+        """Serve until the block ends."""
         stop = asyncio.Event()
         async with server:
             started.set_result(stop)

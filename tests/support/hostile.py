@@ -411,8 +411,9 @@ LENGTHS = (
         # RFC 9112 6.3: chunks win, "ought to be handled as an error".
         _one_of(301, None),
         lambda s: (
-            chunked(s.document).replace(b"\r\n", b"\r\nContent-Length: 5\r\n", 1),
-            End.CLOSE,
+            chunked(s.document).replace(
+                b"\r\n", b"\r\nContent-Length: 5\r\n" + _CLOSING + b"\r\n", 1
+            ),
         ),
     ),
     Fault(
@@ -445,13 +446,8 @@ LENGTHS = (
         # RFC 9112 7.1.1: unknown extensions are ignored, and their length ought to be limited.
         _one_of(301, None),
         lambda s: (
-            chunked(
-                end=b"%x;" % len(s.document)
-                + b"a" * BLOCK
-                + b"\r\n"
-                + s.document
-                + b"\r\n0\r\n\r\n"
-            ),
+            chunked(s.document).replace(b"\r\n<", b";" + b"a" * BLOCK + b"\r\n<", 1),
+            End.KEEP,
         ),
     ),
     Fault(

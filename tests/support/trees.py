@@ -47,6 +47,9 @@ SHAPES = {
 }
 """What the first document is like, and how often."""
 
+NOT_FOR_TWO_PROXIES = "choice"
+"""The shape of which another ad is taken where a proxy resolves the part below the root."""
+
 SIZES = (("300", "250"), ("728", "90"), ("160", "600"))
 
 PROGRAMS = ("AdChoices", "AdMarker", "")
@@ -107,8 +110,6 @@ class Tree:
     """In pod order."""
     sequences: tuple[int, ...]
     """Of several ads: what they are numbered with."""
-    stackable: bool
-    """False: the document below the root is chosen from otherwise if it is a root itself."""
 
 
 def grow(seed: int, server: str, *, first_hop: str = "") -> Tree:
@@ -119,14 +120,16 @@ def grow(seed: int, server: str, *, first_hop: str = "") -> Tree:
     the route of a proxy in front of it.
     """
     random = Random(seed)
-    shape = random.choices(tuple(SHAPES), weights=tuple(SHAPES.values()))[0]
+    shapes = {each: often for each, often in SHAPES.items() if each != NOT_FOR_TWO_PROXIES}
+    shapes = shapes if first_hop else SHAPES
+    shape = random.choices(tuple(shapes), weights=tuple(shapes.values()))[0]
     root = _Gardener(seed, server, random).root(shape)
     pages = TreeWriter(server, first_hop, random).pages(root)
     expected = (
         Expected(path[-1].id, path[-1].version, merged(path)) for path in paths(root, multiple=True)
     )
     entry = root.asked_at or root.target
-    return Tree(seed, entry, pages, tuple(expected), sequences(root), shape != "choice")
+    return Tree(seed, entry, pages, tuple(expected), sequences(root))
 
 
 def misfits(tree: Tree, answer: bytes) -> list[str]:

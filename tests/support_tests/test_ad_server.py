@@ -50,6 +50,7 @@ async def test_addresses() -> None:
     hosts = ("127.0.0.2", "127.0.0.3")
 
     def answer(request: Received) -> bytes:
+        """Tell where *request* came in."""
         return request.address.encode()
 
     async with AdServer(addresses=hosts, fallback=answer) as server:
@@ -79,6 +80,7 @@ async def test_waits_for_test() -> None:
     gate = asyncio.Event()
 
     async def answer(_: Received) -> Reply:
+        """Answer when the gate is open."""
         await gate.wait()
         return Reply(b"late", status=503, headers=(("Retry-After", "1"),))
 

@@ -61,4 +61,3 @@ def test_all_shapes_and_depths() -> None:
     assert {0, 1, 2, 3, 4} <= counts.keys()
     assert sum(counts.values()) / 4 < sum(counts[number] for number in counts if number > 1)
     assert 5 <= max(len(tree.pages) for tree in grown)
-    assert 10 < sum(not tree.stackable for tree in grown)

@@ -350,7 +350,7 @@ class Server(Settings):
         BeforeValidator(_listed_or_none, json_schema_input_type=str | list[str] | None),
     ] = _setting(
         "127.0.0.1:8081",
-        "Where health, metrics and the inspector are served: written like `listen`, on a loopback "
+        "Where /healthz and /readyz are served: written like `listen`, on a loopback "
         "address or a Unix socket only; null switches it off.",
     )
     workers: Annotated[int, AfterValidator(_one_process)] = _setting(

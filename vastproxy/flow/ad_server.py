@@ -7,7 +7,7 @@ document of InLines, or an empty one. Failures on the way are told to the ad ser
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vastproxy.errors import UpstreamError, VastError
@@ -197,19 +197,17 @@ class AdServer:
                 (session, Report(VastCode.NO_AD, tuple(document.errors), "no ad"))
                 for session, document in outcome.no_ads
             ]
-        for session, report in reports:
-            _send(self._reporter, session, report)
+        self._reporter.send(ping for each in reports for ping in _pings(*each))
 
     def __repr__(self) -> str:
         return f"<AdServer {self._reporter!r}>"
 
 
-def _send(reporter: ErrorReporter, session: VastSession, report: Report) -> None:
-    if not report.uris:
-        return
+def _pings(session: VastSession, report: Report) -> Iterator[Ping]:
+    """Fill the URIs of *report*."""
     for uri in report.uris:
         url = session.upstream.filled_error(uri, session, report.code)
-        reporter.send(Ping(url, session.device_headers, session.context.request_id))
+        yield Ping(url, session.device_headers, session.context.request_id)
 
 
 def _facts(
@@ -257,10 +255,28 @@ def written(route: Route, outcome: Outcome) -> tuple[bytes, tuple[tuple[MergeNot
     """Write the answer, and say what was merged into each ad."""
     if outcome.unwrapped is None or outcome.session is None:
         return _without_ads(route, outcome), ()
-    notes = merge(outcome.unwrapped)
+    try:
+        notes = merge(outcome.unwrapped)
+    except VastError as error:
+        _drop_ads(outcome, str(error))
+        return _without_ads(route, outcome), ()
     document = serialise.assemble(outcome.unwrapped)
     serialise.fill_media(document, outcome.session.macros)
     return _filled(route, serialise.to_bytes(document), outcome.session.macros), notes
+
+
+def _drop_ads(outcome: Outcome, reason: str) -> None:
+    """Give up the ads of *outcome*, for *reason*, and let everybody on their paths be told."""
+    if outcome.unwrapped is not None and outcome.session is not None:
+        uris = [
+            uri
+            for ad in outcome.unwrapped.ads
+            for each in (*ad.wrappers, ad.inline)
+            for uri in each.errors
+        ]
+        report = Report(VastCode.WRAPPER, tuple(dict.fromkeys(uris)), reason)
+        outcome.reports.append((outcome.session, report))
+    outcome.unwrapped = outcome.session = None
 
 
 def passed(route: Route, session: VastSession, entry: Entry) -> bytes:

@@ -8,6 +8,7 @@ Rule 3: it goes through the egress guard, as everything that a third party names
 """
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -54,17 +55,25 @@ class ErrorReporter:
         self.dropped = 0
         """Reports that never left, because too many waited."""
 
-    def send(self, ping: Ping) -> None:
-        """Send *ping* when its turn comes. Anything but http and https is passed over."""
-        if not ping.url.lower().startswith(("http://", "https://")):
-            self._log.debug("report.skipped", url=ping.url[:200], request_id=ping.request_id)
-            return
-        if self._waiting >= MAX_PENDING:
-            self.dropped += 1
-            self._log.warning("report.dropped", dropped=self.dropped, request_id=ping.request_id)
-            return
-        self._waiting += 1
-        self._tasks.spawn(self._send(ping), f"report {ping.request_id}")
+    def send(self, pings: Iterable[Ping]) -> None:
+        """
+        Send *pings* when their turn comes.
+
+        Anything but http and https is passed over. What does not fit on the queue is dropped,
+        and one line of the log says how much that was.
+        """
+        dropped = 0
+        for ping in pings:
+            if not ping.url.lower().startswith(("http://", "https://")):
+                self._log.debug("report.skipped", url=ping.url[:200], request_id=ping.request_id)
+            elif self._waiting >= MAX_PENDING:
+                dropped += 1
+            else:
+                self._waiting += 1
+                self._tasks.spawn(self._send(ping), f"report {ping.request_id}")
+        if dropped:
+            self.dropped += dropped
+            self._log.warning("report.dropped", dropped=dropped, in_all=self.dropped)
 
     async def _send(self, ping: Ping) -> None:
         try:

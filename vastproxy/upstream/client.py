@@ -26,12 +26,21 @@ from vastproxy.errors import (
 )
 from vastproxy.model import HopReply, HopRequest
 from vastproxy.upstream.egress import EgressPolicy, EgressRefused, guarded_socket_factory
+from vastproxy.upstream.wire import (
+    HopConnector,
+    connection_was_dead,
+    forget_connection,
+    hop_session,
+)
 
 MAX_CONNECTIONS = 1000
 """Open to all ad servers together; requests beyond wait for one, within their deadline."""
 
 KEEPALIVE = 30.0
 """Seconds an idle connection is kept: below the 60 s at which common balancers drop it."""
+
+MAX_DEAD = 5
+"""Kept connections found closed in a row before a request gives up looking for a live one."""
 
 DNS_TTL = 30
 DNS_TIMEOUT = 0.5
@@ -111,6 +120,17 @@ class AiohttpClient:
             raise _mapped(error) from error
 
     async def _exchange(self, request: HopRequest) -> HopReply:
+        """Ask; and again while the pool hands out connections that the peer has closed."""
+        for _ in range(MAX_DEAD):
+            forget_connection()
+            try:
+                return await self._ask(request)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if not connection_was_dead():
+                    raise
+        return await self._ask(request)
+
+    async def _ask(self, request: HopRequest) -> HopReply:
         pool = _Pool.ONCE if request.once else _Pool.GUARDED
         session = self._sessions[_Pool.TRUSTED if request.trusted else pool]
         async with session.get(
@@ -139,7 +159,7 @@ _Factory = Callable[[AddrInfoType], socket.socket]
 def _session(
     resolver: AbstractResolver, factory: _Factory | None, *, reuse: bool = True
 ) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(
+    connector = HopConnector(
         resolver=resolver,
         socket_factory=factory,
         limit=MAX_CONNECTIONS,
@@ -147,8 +167,8 @@ def _session(
         force_close=not reuse,
         ttl_dns_cache=DNS_TTL,
     )
-    return aiohttp.ClientSession(
-        connector=connector,
+    return hop_session(
+        connector,
         cookie_jar=_NoCookies(),
         # The hop's deadline is the only clock: aiohttp's total would be a second one.
         timeout=aiohttp.ClientTimeout(total=None),

@@ -23,6 +23,7 @@ from functools import lru_cache
 
 from lxml import etree
 
+from vastproxy.errors import VastSchemaError
 from vastproxy.vast.document import (
     Ad,
     VastDocument,
@@ -51,6 +52,12 @@ _CLICKS_ORDER = ("ClickTracking", "ClickThrough", "CustomClick")
 _VIEWS = ("Viewable", "NotViewable", "ViewUndetermined")
 _RESOURCES = ("StaticResource", "IFrameResource", "HTMLResource")
 _VERIFICATION_EXTENSION = "adverifications"
+
+MAX_PLACED = 20_000
+"""
+Nodes put into one answer, 0.1 s of work. Trackers of a wrapper times creatives of an InLine, each
+within its own limit, would make gigabytes; a pod of ten ads behind five busy wrappers takes 2,000.
+"""
 
 FIRST_WITH_VERIFICATIONS = (4, 1)
 """From this version ``AdVerifications`` is a child of InLine; before, of an Extension (OMID)."""
@@ -88,28 +95,54 @@ class _Material:
     extensions: list[etree._Element] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
+    def placements(self, target: "_Target", companions: int) -> int:
+        """Count the nodes that *target*, with so many *companions*, would be given."""
+        once = len(self.impressions) + len(self.errors) + len(self.views) + len(self.extensions)
+        linear = len(self.linear_events) + len(self.clicks) + len(self.icons)
+        bare = sum(len(each.findall(".//{*}Tracking")) + 1 for each in self.bare_companions)
+        return (
+            once
+            + linear * len(target.linears)
+            + len(self.nonlinear_events) * len(target.nonlinears)
+            + len(self.nonlinear_clicks) * target.nonlinear_count
+            + bare * companions
+        )
+
 
 def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     """
     Merge every wrapper into every ad of *unwrapped*, in place.
 
-    Gives the notes of each ad, outermost wrapper first.
+    Gives the notes of each ad, outermost wrapper first. Raises VastSchemaError where trackers
+    would multiply beyond MAX_PLACED; then nothing has been moved.
     """
     uses = Counter(id(wrapper) for ad in unwrapped.ads for wrapper in ad.wrappers)
-    materials: dict[int, _Material] = {}
+    wrappers = {id(wrapper): wrapper for ad in unwrapped.ads for wrapper in ad.wrappers}
+    found = {key: _material(wrapper) for key, wrapper in wrappers.items()}
+    targets = [_Target(ad) for ad in unwrapped.ads]
+    _refuse_too_many(unwrapped, targets, found)
     notes = []
-    for ad in unwrapped.ads:
+    for ad, target in zip(unwrapped.ads, targets, strict=True):
         ad_notes: list[MergeNote] = []
-        target = _Target(ad)
         for wrapper in reversed(ad.wrappers):
-            key = id(wrapper)
-            material = materials.get(key)
-            if material is None:
-                material = materials[key] = _material(wrapper)
-            uses[key] -= 1
-            ad_notes.append(target.take(material, last=uses[key] == 0))
+            uses[id(wrapper)] -= 1
+            last = uses[id(wrapper)] == 0
+            ad_notes.append(target.take(found[id(wrapper)], last=last))
         notes.append(tuple(reversed(ad_notes)))
     return tuple(notes)
+
+
+def _refuse_too_many(
+    unwrapped: Unwrapped, targets: list["_Target"], found: dict[int, "_Material"]
+) -> None:
+    """Raise VastSchemaError, before anything is moved, where trackers would multiply."""
+    placed = 0
+    for ad, target in zip(unwrapped.ads, targets, strict=True):
+        materials = [found[id(wrapper)] for wrapper in ad.wrappers]
+        companions = len(target.companions) + sum(len(each.companion_ads) for each in materials)
+        placed += sum(each.placements(target, companions) for each in materials)
+    if placed > MAX_PLACED:
+        raise VastSchemaError(f"{placed} trackers would have to be merged, more than {MAX_PLACED}")
 
 
 # --- What a wrapper brings ----------------------------------------------------------------------
@@ -269,6 +302,7 @@ class _Target:
         self.creatives = creatives if creatives is not None else self.body
         self.linears = [each for one in each_creative for each in children(one, "Linear")]
         self.nonlinears = [each for one in each_creative for each in children(one, "NonLinearAds")]
+        self.nonlinear_count = sum(1 for ads in self.nonlinears for _ in children(ads, "NonLinear"))
         self.companions = [
             each
             for one in each_creative

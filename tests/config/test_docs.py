@@ -1,0 +1,101 @@
+"""What docs/config.md says about the settings is what the program does."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vastproxy.config.load import loads
+from vastproxy.config.schema import json_schema
+
+PAGE = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+ENVIRON = {"ADS_TOKEN": "abcdef", "TOKEN": "abcdef"}
+
+
+def _settings(section: dict[str, Any], path: str, whole: dict[str, Any]) -> dict[str, Any]:
+    """Collect the settings at and below *section*, by their paths as the page writes them."""
+    if "$ref" in section:
+        section = whole["$defs"][section["$ref"].rpartition("/")[2]]
+    found: dict[str, Any] = {}
+    for name, setting in section.get("properties", {}).items():
+        here = f"{path}{name}"
+        inner = _settings(setting, f"{here}.", whole)
+        inner |= _settings(setting.get("items", {}), f"{here}.N.", whole)
+        free = setting.get("additionalProperties")
+        inner |= _settings(free, f"{here}.NAME.", whole) if isinstance(free, dict) else {}
+        found |= {here: setting} | inner
+    return found
+
+
+SETTINGS = _settings(json_schema(), "", json_schema())
+# These sections have a heading of their own, not an entry.
+del SETTINGS["server"], SETTINGS["log"], SETTINGS["egress"]
+ENTRIES = dict(re.findall(r"^### `([^`]+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
+
+
+def _with_example(path: str) -> str:
+    """Write a small config that has the example of the entry *path* at its place."""
+    found = re.search(r"^- Example: `(.*)`$", ENTRIES[path], re.MULTILINE)
+    assert found is not None
+    main: dict[str, Any] = {"endpoint": "https://a.tv/", "macros": {}}
+    house = {"endpoint": "https://b.tv/"}
+    route: dict[str, Any] = {"path": "/{rest}", "upstreams": ["main"]}
+    config: dict[str, Any] = {"upstreams": {"main": main, "house": house}, "routes": [route]}
+    places = {
+        "": config,
+        "upstreams.NAME": main,
+        "upstreams.NAME.macros": main["macros"],
+        "routes.N": route,
+    }
+    section = path.rpartition(".")[0]
+    place = places[section] if section in places else config.setdefault(section, {})
+    place |= yaml.load(found[1], yaml.BaseLoader)  # noqa: S506 - it makes text of everything
+    return yaml.safe_dump(config)
+
+
+def test_every_setting_has_an_entry() -> None:
+    """The page has an entry for every setting, and none for a setting that is not there."""
+    assert sorted(SETTINGS) == sorted(ENTRIES)
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS))
+def test_entry_has_the_type_and_the_default(path: str) -> None:
+    """Each entry has the setting's type, and its default or that it is required."""
+    found = re.search(r"^- Default: `(.*)`$", ENTRIES[path], re.MULTILINE)
+
+    assert "\n- Type: " in ENTRIES[path]
+    if "default" in SETTINGS[path]:
+        assert found is not None
+        assert SETTINGS[path]["default"] == yaml.safe_load(found[1])
+    else:
+        assert "\n- Required\n" in ENTRIES[path]
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS))
+def test_entry_has_an_example(path: str) -> None:
+    """The example of each entry is a line that can stand at its place."""
+    assert loads(_with_example(path), source="config.md", environ=ENVIRON)
+
+
+@pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+def test_complete_example_is_a_config(text: str) -> None:
+    """Each complete example of the page can be used as it is."""
+    assert loads(text, source="config.md", environ=ENVIRON).routes
+
+
+def test_every_choice_is_named() -> None:
+    """Each word that a setting may be is on the page."""
+    for path, setting in SETTINGS.items():
+        for word in setting.get("enum", ()):
+            assert f"`{word}`" in ENTRIES[path]
+
+
+def test_page_has_one_sentence_per_line() -> None:
+    """A line of prose ends with its sentence."""
+    prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
+    lines = [each for each in prose.split("\n") if each and each[0] not in "#|-"]
+
+    assert [] == [each for each in lines if re.search(r"[a-z)]\. [A-Z]", each)]
+    assert [] == [each for each in lines if each[-1] not in ".:"]

@@ -1,0 +1,479 @@
+"""The way of one ad request: who is asked, what is answered, and who is told of failures."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from lxml import etree
+
+from tests.support.ad_server import AdServer as Upstreams
+from tests.support.ad_server import Reply
+from tests.support.hostile import a_wrapper, an_inline, wrapper_element
+from vastproxy.config.template import Template
+from vastproxy.config.units import Source
+from vastproxy.flow.ad_server import AdServer
+from vastproxy.flow.reporter import ErrorReporter
+from vastproxy.flow.routing import Route
+from vastproxy.model import AdRequest, AdResponse, Device, FrozenMapping, Query
+from vastproxy.observe.tasks import Tasks
+from vastproxy.session.factory import SessionFactory
+from vastproxy.upstream.client import AiohttpClient
+from vastproxy.upstream.egress import EgressPolicy
+from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.vast.unwrap import Policy
+
+NOW = 1_800_000_000.0
+LOOPBACK = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
+
+
+@dataclass
+class Stage:
+    """An ad server of ours, and the servers that it asks."""
+
+    ads: AdServer
+    web: Upstreams
+    client: AiohttpClient
+    tasks: Tasks
+
+    def route(self, *paths: str, timeout: float = 2.0, **settings: Any) -> Route:
+        """Build a route whose upstreams are named after the *paths* they are at."""
+        return Route("/ad", tuple(self.upstream(each, timeout) for each in paths), **settings)
+
+    def upstream(self, path: str, timeout: float = 2.0) -> VastUpstream:
+        """Build the upstream at *path*."""
+        url = self.web.url(f"/{path}")
+        settings = UpstreamSettings(path, Template.parse(url), session_params=(), timeout=timeout)
+        return VastUpstream(settings, self.client, lambda: NOW)
+
+    async def answer(self, route: Route, request: AdRequest | None = None) -> AdResponse:
+        """Answer *request*, and wait for its reports."""
+        response = await self.ads.answer(route, request or AdRequest("/ad", request_id="r1"))
+        assert await self.tasks.wait_idle(5)
+        return response
+
+    def error(self, name: str) -> str:
+        """Give an error URI called *name*."""
+        return self.web.url(f"/error/{name}?c=[ERRORCODE]")
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        """Give the codes that each error URI was told."""
+        told: dict[str, list[str]] = {}
+        for each in self.web.requests:
+            if each.path.startswith("/error/"):
+                told.setdefault(each.path.removeprefix("/error/"), []).append(each.query[2:])
+        return told
+
+    @property
+    def asked(self) -> list[str]:
+        """Give the paths of all ad requests, in order."""
+        return [each.path for each in self.web.requests if not each.path.startswith("/error/")]
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    """Set the stage."""
+    async with AsyncExitStack() as stack:
+        web = await stack.enter_async_context(Upstreams())
+        client = await stack.enter_async_context(AiohttpClient(LOOPBACK))
+        tasks = await stack.enter_async_context(Tasks("reports"))
+        factory = SessionFactory(lambda _: False, now=lambda: NOW)
+        yield Stage(AdServer(factory, ErrorReporter(client, tasks)), web, client, tasks)
+
+
+def ids(response: AdResponse) -> list[str]:
+    """Give the ids of the ads of an answer."""
+    return [each.get("id", "") for each in etree.fromstring(response.body).findall("{*}Ad")]
+
+
+def root_errors(response: AdResponse) -> list[str]:
+    """Give the texts of the root's errors."""
+    return [each.text or "" for each in etree.fromstring(response.body).findall("{*}Error")]
+
+
+def no_ad(*errors: str, version: str = "3.0") -> bytes:
+    """Build a document without ads, and with *errors*."""
+    texts = "".join(f"<Error><![CDATA[{each}]]></Error>" for each in errors)
+    return f'<VAST version="{version}">{texts}</VAST>'.encode()
+
+
+# --- The waterfall ----------------------------------------------------------------------------
+
+
+async def test_first_upstream_with_an_ad_wins(stage: Stage) -> None:
+    """Upstreams after the first that has an ad are not asked."""
+    stage.web.replies |= {"/one": an_inline("ad1"), "/two": an_inline("ad2")}
+    response = await stage.answer(stage.route("one", "two"))
+
+    assert ["ad1"] == ids(response)
+    assert ["/one"] == stage.asked
+    assert ("one", 1, 1, ()) == (response.upstream, response.ads, response.hops, response.flags)
+    assert "r1" == response.request_id
+    assert ["hop1"] == [name for name, _ in response.timings]
+
+
+@pytest.mark.parametrize(
+    ("reply", "flag"),
+    [
+        (no_ad(), None),
+        (Reply(status=204), "no_fill"),
+        (Reply(status=500), "upstream_failed"),
+        (b"nonsense", "bad_xml"),
+        (b"<html/>", "bad_vast"),
+        (b"<VideoAdServingTemplate/>", "old_vast"),
+        (Reply(status=302), "wrapper_refused"),
+    ],
+)
+async def test_next_upstream_is_asked(stage: Stage, reply: Reply | bytes, flag: str | None) -> None:
+    """Where an upstream has no ad or fails, the next is asked, and the log has a word for it."""
+    stage.web.replies |= {"/one": reply, "/two": an_inline("ad2")}
+    response = await stage.answer(stage.route("one", "two"))
+
+    assert ["ad2"] == ids(response)
+    assert ("two", 2) == (response.upstream, response.hops)
+    assert ("fallback", *((flag,) if flag else ())) == response.flags
+
+
+async def test_nobody_has_an_ad(stage: Stage) -> None:
+    """When nobody has an ad the answer is an empty document."""
+    stage.web.replies |= {"/one": Reply(status=500), "/two": Reply(status=204)}
+    response = await stage.answer(stage.route("one", "two"))
+
+    assert [] == ids(response)
+    assert b'<VAST version="3.0"/>' in response.body
+    assert ("", 0) == (response.upstream, response.ads)
+    assert ("no_ad", "fallback", "upstream_failed", "no_fill") == response.flags
+
+
+async def test_sessions_of_a_request_share_their_cookies(stage: Stage) -> None:
+    """What the first upstream sets goes to the second on the same host, with one correlator."""
+    cookie = (("Set-Cookie", "uid=7; Path=/"),)
+    stage.web.replies |= {"/one": Reply(no_ad(), headers=cookie), "/two": an_inline()}
+    await stage.answer(stage.route("one", "two"))
+    await stage.answer(stage.route("two"))
+
+    assert [{}, {"uid": "7"}, {}] == [each.cookies for each in stage.web.requests]
+
+
+async def test_deadline_ends_the_waterfall(stage: Stage) -> None:
+    """When the deadline is spent nobody else is asked, and the answer comes in time."""
+    stage.web.replies |= {"/one": Reply(b"", delay=30), "/two": an_inline()}
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    response = await stage.ads.answer(stage.route("one", "two", deadline=0.15), AdRequest("/ad"))
+
+    assert [] == ids(response)
+    assert ["/one"] == stage.asked
+    assert 0.1 < clock() - began < 0.25
+    assert ("no_ad", "upstream_failed") == response.flags
+
+
+async def test_deadline_counts_from_the_arrival(stage: Stage) -> None:
+    """A request that has waited too long already asks nobody."""
+    late = AdRequest("/ad", received=asyncio.get_running_loop().time() - 10)
+    response = await stage.answer(stage.route("one", deadline=2.5), late)
+
+    assert [] == stage.asked
+    assert ("no_ad",) == response.flags
+    assert b'<VAST version="3.0"/>' in response.body
+
+
+async def test_slow_upstream_leaves_time_for_the_next(stage: Stage) -> None:
+    """An upstream that exceeds its own limit is left, and the next still has its time."""
+    stage.web.replies |= {"/one": Reply(b"", delay=30), "/two": an_inline("ad2")}
+    response = await stage.answer(stage.route("one", "two", timeout=0.1))
+
+    assert ["ad2"] == ids(response)
+
+
+async def test_limit_of_documents_is_for_the_whole_request(stage: Stage) -> None:
+    """All upstreams of a route together may not ask for more documents than it allows."""
+    stage.web.fallback = lambda each: a_wrapper(stage.web.url(f"{each.path}x"))
+    policy = Policy(max_wrappers=10, max_fetches=4)
+    await stage.answer(stage.route("one", "two", "three", policy=policy))
+
+    assert len(stage.asked) <= 4
+
+
+# --- Who is told --------------------------------------------------------------------------------
+
+
+async def test_answered_ad_is_the_players(stage: Stage) -> None:
+    """Of an ad that is answered, all errors are the player's to call, and nobody is told."""
+    stage.web.replies |= {
+        "/one": a_wrapper(stage.web.url("/end"), errors=[stage.error("w")]),
+        "/end": an_inline(errors=[stage.error("i")]),
+    }
+    response = await stage.answer(stage.route("one"))
+
+    assert stage.error("w").encode() in response.body
+    assert stage.error("i").encode() in response.body
+    assert {} == stage.told
+
+
+async def test_proxy_tells_of_a_dead_chain(stage: Stage) -> None:
+    """A chain that gave nothing is told to its wrappers once, and not left to the player too."""
+    stage.web.replies["/one"] = a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")])
+    response = await stage.answer(stage.route("one"))
+
+    assert {"w": ["301"]} == stage.told
+    assert [] == root_errors(response)
+    assert ("no_ad", "upstream_failed") == response.flags
+
+
+async def test_player_is_left_a_dead_chain(stage: Stage) -> None:
+    """With the player reporting, the errors stand in the answer with their code; nobody is told."""
+    stage.web.replies["/one"] = a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")])
+    response = await stage.answer(stage.route("one", error_reporting="player"))
+
+    assert {} == stage.told
+    assert [stage.web.url("/error/w?c=301")] == root_errors(response)
+
+
+async def test_vast_2_has_no_place_for_errors(stage: Stage) -> None:
+    """A dead chain of VAST 2 is told by the proxy, whatever the route says."""
+    wrapper = a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")])
+    stage.web.replies["/one"] = wrapper.replace(b'version="3.0"', b'version="2.0"')
+    response = await stage.answer(stage.route("one", error_reporting="player"))
+
+    assert {"w": ["301"]} == stage.told
+    assert [] == root_errors(response)
+
+
+@pytest.mark.parametrize("reporting", ["proxy", "player"])
+async def test_player_never_learns_of_the_first(stage: Stage, reporting: Any) -> None:
+    """Where a later upstream has an ad, the dead chain before it is the proxy's to tell."""
+    stage.web.replies |= {
+        "/one": a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")]),
+        "/empty": no_ad(stage.error("n")),
+        "/two": an_inline("ad2"),
+    }
+    response = await stage.answer(stage.route("one", "empty", "two", error_reporting=reporting))
+
+    assert ["ad2"] == ids(response)
+    assert {"w": ["301"], "n": ["303"]} == stage.told
+    assert b"/error/" not in response.body
+
+
+@pytest.mark.parametrize("reporting", ["proxy", "player"])
+async def test_root_error_of_the_entry_is_passed_on(stage: Stage, reporting: Any) -> None:
+    """An entry that was empty from the start is answered as it is: its errors are the player's."""
+    stage.web.replies["/one"] = no_ad(stage.error("n"), version="4.2")
+    response = await stage.answer(stage.route("one", error_reporting=reporting))
+
+    assert [stage.error("n")] == root_errors(response)
+    assert b'version="4.2"' in response.body
+    assert {} == stage.told
+
+
+async def test_root_errors_of_several_entries(stage: Stage) -> None:
+    """The root errors of all empty entries stand in one answer."""
+    stage.web.replies |= {"/one": no_ad(stage.error("n")), "/two": no_ad(stage.error("m"))}
+    response = await stage.answer(stage.route("one", "two"))
+
+    assert [stage.error("n"), stage.error("m")] == root_errors(response)
+    assert {} == stage.told
+
+
+async def test_report_carries_the_device(stage: Stage) -> None:
+    """Error URIs are told with the headers of the device."""
+    stage.web.replies["/one"] = a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")])
+    device = Device(ip="192.0.2.1", user_agent="TV")
+    await stage.answer(stage.route("one"), AdRequest("/ad", device=device))
+    (ping,) = stage.web.seen("/error/w")
+
+    assert ("TV", "192.0.2.1") == (ping.header("User-Agent"), ping.header("X-Device-IP"))
+
+
+# --- What is answered ---------------------------------------------------------------------------
+
+
+def with_macros(names: str) -> bytes:
+    """Build a document whose media file and impression have the macros called *names*."""
+    macros = "&".join(f"{each}=[{each}]" for each in names.split())
+    found = an_inline().replace(b"/impression/ad", f"/impression/ad?{macros}".encode())
+    return found.replace(b"/ad.mp4", f"/ad.mp4?{macros}".encode())
+
+
+def filled(response: AdResponse, element: str) -> dict[str, str]:
+    """Give the macros of *element* in the answer as they were filled."""
+    text = etree.fromstring(response.body).findtext(f".//{{*}}{element}") or ""
+    return dict(re.findall(r"[?&](\w+)=([^&]*)", text))
+
+
+async def test_standard_macros(stage: Stage) -> None:
+    """Trackers get what stands for the whole request; media files what no player fills there."""
+    stage.web.replies["/one"] = with_macros("CORRELATOR TRANSACTIONID TIMESTAMP DEVICEIP ASSETURI")
+    request = AdRequest("/ad", query=Query("c=77"), device=Device(ip="192.0.2.1"), request_id="r1")
+    route = stage.route("one", correlator=Source.parse("query:c"))
+    response = await stage.answer(route, request)
+    tracker, media = filled(response, "Impression"), filled(response, "MediaFile")
+
+    assert ("77", "[TIMESTAMP]", "[DEVICEIP]", "[ASSETURI]") == (
+        tracker["CORRELATOR"],
+        tracker["TIMESTAMP"],
+        tracker["DEVICEIP"],
+        tracker["ASSETURI"],
+    )
+    assert tracker["TRANSACTIONID"] == str(uuid.UUID(tracker["TRANSACTIONID"]))
+    assert ("77", "1800000000000") == (media["CORRELATOR"], media["TIMESTAMP"])
+    assert tracker["TRANSACTIONID"] == media["TRANSACTIONID"]
+
+
+async def test_all_macros(stage: Stage) -> None:
+    """Asked to fill all, the proxy fills what it knows everywhere, and leaves the player's rest."""
+    stage.web.replies["/one"] = with_macros("TIMESTAMP CACHEBUSTING DEVICEIP DEVICEUA ASSETURI IFA")
+    request = AdRequest("/ad", device=Device(ip="192.0.2.1", user_agent="TV 1"))
+    response = await stage.answer(stage.route("one", fill_macros="all"), request)
+    tracker = filled(response, "Impression")
+
+    assert ("1800000000000", "192.0.2.1", "TV%201") == (
+        tracker["TIMESTAMP"],
+        tracker["DEVICEIP"],
+        tracker["DEVICEUA"],
+    )
+    assert re.fullmatch(r"\d{8}", tracker["CACHEBUSTING"])
+    assert ("[ASSETURI]", "[IFA]") == (tracker["ASSETURI"], tracker["IFA"])
+
+
+@pytest.mark.parametrize("agent", ["[CORRELATOR]", "]]></Impression><x>", "&amp;<", "\x01"])
+async def test_value_cannot_break_the_answer(stage: Stage, agent: str) -> None:
+    """What a device says of itself is a value in the answer, whatever it is."""
+    stage.web.replies["/one"] = with_macros("DEVICEUA")
+    request = AdRequest("/ad", device=Device(user_agent=agent))
+    response = await stage.answer(stage.route("one", fill_macros="all"), request)
+
+    assert ["ad"] == ids(response)
+    assert re.fullmatch(r"[\w%.!~*'()-]+", filled(response, "Impression")["DEVICEUA"])
+
+
+async def test_players_correlator_and_cookies(stage: Stage) -> None:
+    """Correlator and cookies that the route names go on; other cookies do not."""
+    stage.web.replies["/one"] = an_inline()
+    headers = FrozenMapping({"cookie": "uid=me; secret=1", "x-cor": "77"})
+    route = replace(
+        stage.route("one", correlator=Source.parse("header:X-Cor"), forward_cookies=("uid",)),
+        upstreams=(
+            VastUpstream(
+                UpstreamSettings("one", Template.parse(stage.web.url("/one"))),
+                stage.client,
+                lambda: NOW,
+            ),
+        ),
+    )
+    await stage.answer(route, AdRequest("/ad", headers=headers))
+
+    assert {"uid": "me"} == stage.web.requests[0].cookies
+    assert "correlator=77&timestamp=1800000000000" == stage.web.requests[0].query
+
+
+async def test_players_cookies_stay_here(stage: Stage) -> None:
+    """Without a list no cookie of the player goes on."""
+    stage.web.replies["/one"] = an_inline()
+    await stage.answer(
+        stage.route("one"), AdRequest("/ad", headers=FrozenMapping({"cookie": "uid=me"}))
+    )
+
+    assert stage.web.requests[0].header("Cookie") is None
+
+
+# --- Passthrough --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def through(stage: Stage) -> Callable[..., Route]:
+    """Give a function that makes passthrough routes."""
+    return lambda *paths, **more: stage.route(*paths, mode="passthrough", **more)
+
+
+async def test_document_is_passed_through(stage: Stage, through: Callable[..., Route]) -> None:
+    """The upstream's bytes are the answer, but for macros; its wrappers are not followed."""
+    body = b"<!-- a -->\n<VAST  version='3.0' x=\"[Y]\"><Ad><Wrapper><AdSystem/>"
+    body += b"<VASTAdTagURI> http://b.example/?c=[CORRELATOR]&amp;i=[IFA] </VASTAdTagURI>"
+    body += b"<Impression>http://i.example/?[TIMESTAMP]</Impression></Wrapper></Ad></VAST>"
+    stage.web.replies["/one"] = body
+    request = AdRequest("/ad", query=Query("c=77"))
+    response = await stage.answer(through("one", correlator=Source.parse("query:c")), request)
+
+    assert body.replace(b"[CORRELATOR]", b"77") == response.body
+    assert ("one", 1, 1) == (response.upstream, response.ads, response.hops)
+
+
+async def test_passthrough_goes_on_to_the_next(
+    stage: Stage, through: Callable[..., Route]
+) -> None:
+    """Upstreams that fail or have no ad are passed over, and the empty one is told."""
+    stage.web.replies |= {
+        "/one": Reply(status=500),
+        "/empty": no_ad(stage.error("n")),
+        "/two": an_inline("ad2"),
+    }
+    response = await stage.answer(through("one", "empty", "two"))
+
+    assert ["ad2"] == ids(response)
+    assert {"n": ["303"]} == stage.told
+    assert ("fallback", "upstream_failed") == response.flags
+
+
+async def test_passthrough_without_an_ad(stage: Stage, through: Callable[..., Route]) -> None:
+    """Where nobody has an ad the answer is empty, with the errors that are the player's."""
+    stage.web.replies |= {"/one": Reply(status=500), "/empty": no_ad(stage.error("n"))}
+    response = await stage.answer(through("one", "empty"))
+
+    assert [stage.error("n")] == root_errors(response)
+    assert {} == stage.told
+    assert ("no_ad", "fallback", "upstream_failed") == response.flags
+
+
+async def test_passthrough_mends_what_is_broken(
+    stage: Stage, through: Callable[..., Route]
+) -> None:
+    """A document that had to be mended is passed through mended."""
+    stage.web.replies["/one"] = b"\n " + an_inline().replace(b"/ad.mp4", b"/ad.mp4") + b"\x00"
+    response = await stage.answer(through("one"))
+
+    assert ["ad"] == ids(response)
+
+
+# --- Explained ----------------------------------------------------------------------------------
+
+
+async def test_explaining_tells_all_and_reports_nothing(stage: Stage) -> None:
+    """Explaining gives the answer, its hops and what was merged; no error URI is told."""
+    stage.web.replies |= {
+        "/one": a_wrapper(stage.web.url("/gone"), errors=[stage.error("w")]),
+        "/two": a_wrapper(stage.web.url("/end"), errors=[stage.error("v")]),
+        "/end": an_inline("last"),
+    }
+    told = await stage.ads.explain(stage.route("one", "two"), AdRequest("/ad"))
+    assert await stage.tasks.wait_idle(5)
+
+    assert [1, 2, 3, 4] == [each.number for each in told.hops]
+    assert [301] == [report.code for _, report in told.outcome.reports]
+    assert [1] == [len(each) for each in told.notes]
+    assert 1 == told.notes[0][0].taken["Error"]
+    assert b'"last"' in told.body
+    assert {} == stage.told
+
+
+async def test_explaining_a_document_at_hand(stage: Stage) -> None:
+    """With a document at hand the chain starts there."""
+    stage.web.replies["/end"] = an_inline("last")
+    document = f"<VAST><Ad>{wrapper_element(stage.web.url('/end'))}</Ad></VAST>".encode()
+    told = await stage.ads.explain(stage.route("one"), AdRequest("/ad"), document)
+
+    assert ["/end"] == stage.asked
+    assert b'"last"' in told.body
+
+
+async def test_repr_tells_of_the_reports(stage: Stage) -> None:
+    """An ad server says how its reports fare."""
+    assert repr(stage.ads) == (
+        "<AdServer <ErrorReporter sent: 0, failed: 0, dropped: 0, waiting: 0>>"
+    )

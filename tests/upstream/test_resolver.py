@@ -1,0 +1,350 @@
+"""Chains driven by real requests: at the same time, in time, and told hop by hop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+
+from tests.support.ad_server import AdServer, Received, Reply
+from tests.support.hostile import a_wrapper, an_inline, wrapper_element
+from vastproxy.config.template import Template
+from vastproxy.errors import UpstreamStatusError, VastSyntaxError
+from vastproxy.model import AdRequest, HopReply
+from vastproxy.observe.trace import Hop, Trace
+from vastproxy.session.factory import SessionFactory
+from vastproxy.session.session import Request, VastSession
+from vastproxy.upstream.client import AiohttpClient
+from vastproxy.upstream.egress import EgressPolicy
+from vastproxy.upstream.resolver import (
+    PARSE_APART,
+    NoAdError,
+    Resolution,
+    VastChainResolver,
+    read,
+)
+from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.vast.unwrap import Policy
+
+LOOPBACK = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[AdServer]:
+    """Run an ad server that has nothing unless it is told to."""
+    async with AdServer() as running:
+        yield running
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[AiohttpClient]:
+    """Open a client that may reach loopback."""
+    async with AiohttpClient(LOOPBACK) as opened:
+        yield opened
+
+
+def a_session(
+    client: AiohttpClient,
+    server: AdServer,
+    *,
+    path: str = "/entry",
+    within: float = 5.0,
+    timeout: float = 2.0,
+    detailed: bool = False,
+) -> VastSession:
+    """Open a session at the upstream behind *path*."""
+    url = server.url(path)
+    settings = UpstreamSettings("main", Template(url, (url,)), session_params=(), timeout=timeout)
+    factory = SessionFactory(lambda _: False)
+    deadline = asyncio.get_running_loop().time() + within
+    return factory.create_session(
+        factory.context(),
+        VastUpstream(settings, client, lambda: 0.0),
+        request=Request(AdRequest("/"), deadline=deadline),
+        trace=Trace(detailed=detailed),
+    )
+
+
+def a_pod(*urls: str) -> bytes:
+    """Build a pod of wrappers that lead to *urls*."""
+    ads = (
+        f'<Ad id="slot{number}" sequence="{number}">{wrapper_element(url)}</Ad>'
+        for number, url in enumerate(urls, start=1)
+    )
+    return f'<VAST version="3.0">{"".join(ads)}</VAST>'.encode()
+
+
+def ids(resolution: Resolution) -> list[str]:
+    """Give the ids of the ads that came."""
+    assert resolution.unwrapped is not None
+    return [ad.inline.id for ad in resolution.unwrapped.ads]
+
+
+def places(session: VastSession) -> list[tuple[int, int | None, int]]:
+    """Give number, parent and depth of each hop."""
+    return [(hop.number, hop.parent, hop.depth) for hop in session.trace.ordered()]
+
+
+def hop(session: VastSession, number: int) -> Hop:
+    """Give the hop *number*."""
+    return session.trace.ordered()[number - 1]
+
+
+async def test_chain_is_followed(server: AdServer, client: AiohttpClient) -> None:
+    """A chain of wrappers is followed to its InLine, relative addresses too."""
+    server.replies |= {
+        "/entry": a_wrapper(server.url("/a/one")),
+        "/a/one": a_wrapper("two?x=[Y]"),
+        "/a/two": an_inline("last"),
+    }
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert resolution.has_ads
+    assert ["last"] == ids(resolution)
+    assert [(1, None, 0), (2, 1, 1), (3, 2, 2)] == places(session)
+    assert ["GET /a/two?x=[Y] HTTP/1.1"] == [each.line.decode() for each in server.seen("/a/two")]
+
+
+async def test_chains_of_a_pod_run_at_the_same_time(
+    server: AdServer, client: AiohttpClient
+) -> None:
+    """An ad server that answers the first of a pod only after the second is no obstacle."""
+
+    async def after_the_second(_: Received) -> bytes:
+        await server.wait_seen("/two-end")
+        return an_inline("one")
+
+    server.replies |= {
+        "/entry": a_pod(server.url("/one"), server.url("/two")),
+        "/one": after_the_second,
+        "/two": a_wrapper(server.url("/two-end")),
+        "/two-end": an_inline("two"),
+    }
+    resolution = await VastChainResolver().resolve(a_session(client, server))
+
+    assert ["one", "two"] == ids(resolution)
+
+
+async def test_hops_know_their_parents(server: AdServer, client: AiohttpClient) -> None:
+    """In a tree each hop names the hop whose wrapper led to it, numbered as they began."""
+    server.replies |= {
+        "/entry": a_pod(server.url("/one"), server.url("/two")),
+        "/one": a_wrapper(server.url("/one-end")),
+        "/one-end": an_inline("one"),
+        "/two": an_inline("two"),
+    }
+    session = a_session(client, server)
+    await VastChainResolver().resolve(session)
+    paths = {each.url.removeprefix(server.url()): each for each in session.trace.hops}
+
+    assert [1, 2, 3, 4] == [each.number for each in session.trace.ordered()]
+    assert {"/entry": None, "/one": 1, "/two": 1, "/one-end": paths["/one"].number} == {
+        path: each.parent for path, each in paths.items()
+    }
+    assert {"/entry": 0, "/one": 1, "/two": 1, "/one-end": 2} == {
+        path: each.depth for path, each in paths.items()
+    }
+
+
+async def test_hop_tells_what_came(server: AdServer, client: AiohttpClient) -> None:
+    """Told in detail, a hop has its URL as it was written, its requests, and its ads."""
+    macro = server.url("/moved?c=[CORRELATOR]")
+    server.replies |= {
+        "/entry": a_wrapper(macro),
+        "/moved": Reply(status=302, headers=(("Location", "/end"),)),
+        "/end": an_inline("last"),
+    }
+    session = a_session(client, server, detailed=True)
+    await VastChainResolver().resolve(session)
+    first, second = hop(session, 1), hop(session, 2)
+
+    assert ("main", "3.0", "Wrapper", None) == (
+        first.upstream,
+        first.version,
+        first.ads[0].kind,
+        first.code,
+    )
+    assert macro == second.url
+    assert server.url(f"/moved?c={session.context.correlator}") == second.exchanges[0].url
+    assert [302, 200] == [each.status for each in second.exchanges]
+    assert [("last", "hostile", "InLine", None)] == [
+        (each.id, each.system, each.kind, each.sequence) for each in second.ads
+    ]
+    assert 0 < second.milliseconds
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "problem"),
+    [
+        (Reply(status=204), 303, "HTTP status 204"),
+        (Reply(status=205), 303, "HTTP status 205"),
+        (Reply(status=404), 301, "HTTP status 404"),
+        (Reply(b"", status=503), 301, "HTTP status 503"),
+        (Reply(b""), 100, ""),
+        (Reply(b"{}"), 100, ""),
+        (Reply(b"<html/>"), 101, ""),
+        (Reply(b"<VideoAdServingTemplate/>"), 102, ""),
+        (Reply(status=302), 300, "redirect"),
+    ],
+)
+async def test_entry_fails(
+    server: AdServer, client: AiohttpClient, reply: Reply, code: int, problem: str
+) -> None:
+    """An entry that gives no document is told with its code, in the result and in the trace."""
+    server.replies["/entry"] = reply
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert (None, code) == (resolution.unwrapped, resolution.code)
+    assert not resolution.has_ads
+    assert problem in resolution.problem
+    assert (code, resolution.problem) == (hop(session, 1).code, hop(session, 1).problem)
+
+
+async def test_hop_fails(server: AdServer, client: AiohttpClient) -> None:
+    """A hop that fails is a report with its code; the document above it stays."""
+    server.replies["/entry"] = a_wrapper(server.url("/gone"), errors=["http://e.example/"])
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert [] == ids(resolution)
+    assert not resolution.has_ads
+    assert resolution.unwrapped is not None
+    assert [(301, ("http://e.example/",))] == [
+        (each.code, each.uris) for each in resolution.unwrapped.reports
+    ]
+    assert 301 == hop(session, 2).code
+
+
+async def test_empty_document_is_no_failure(server: AdServer, client: AiohttpClient) -> None:
+    """An entry without ads is a document, and has none."""
+    server.replies["/entry"] = b'<VAST version="3.0"/>'
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert [] == ids(resolution)
+    assert resolution.code is None
+    assert hop(session, 1).code is None
+
+
+async def test_late_chain_does_not_keep_the_others(server: AdServer, client: AiohttpClient) -> None:
+    """When the deadline passes, the ads that have come so far are the answer."""
+    server.replies |= {
+        "/entry": a_pod(server.url("/late"), server.url("/two")),
+        "/late": Reply(an_inline("late"), delay=30),
+        "/two": an_inline("two"),
+    }
+    session = a_session(client, server, within=0.4, timeout=10)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert ["two"] == ids(resolution)
+    assert asyncio.get_running_loop().time() < session.request_facts.deadline
+    assert [301] == [each.code for each in session.trace.hops if each.code]
+
+
+async def test_document_at_hand(server: AdServer, client: AiohttpClient) -> None:
+    """With a document at hand the upstream is not asked, and the chain goes on from there."""
+    server.replies["/one"] = an_inline("one")
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(
+        session, document=a_wrapper(server.url("/one"))
+    )
+
+    assert ["one"] == ids(resolution)
+    assert [] == server.seen("/entry")
+    assert [(1, None, 0), (2, 1, 1)] == places(session)
+
+
+async def test_document_at_hand_is_broken(server: AdServer, client: AiohttpClient) -> None:
+    """A document at hand that is none fails as if it had been fetched."""
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session, document=b"nonsense")
+
+    assert 100 == resolution.code
+    assert 100 == hop(session, 1).code
+
+
+async def test_parameters_are_added(server: AdServer, client: AiohttpClient) -> None:
+    """Further parameters go into the entry's query."""
+    server.replies["/entry"] = an_inline()
+    await VastChainResolver().resolve(a_session(client, server), {"slot": "a&b"})
+
+    assert "slot=a%26b" == server.requests[0].query
+
+
+async def test_policy_is_kept(server: AdServer, client: AiohttpClient) -> None:
+    """The route's limit of wrappers ends a chain."""
+    server.fallback = lambda each: a_wrapper(f"{server.url(each.path)}x")
+    resolver = VastChainResolver(Policy(max_wrappers=2))
+    resolution = await resolver.resolve(a_session(client, server))
+
+    assert 3 == len(server.requests)
+    assert resolution.unwrapped is not None
+    assert [302] == [each.code for each in resolution.unwrapped.reports]
+
+
+def a_reply(body: bytes, status: int = 200, content_type: str = "") -> HopReply:
+    """Build a reply of *content_type*."""
+    return HopReply(status, (("content-type", content_type),) if content_type else (), body)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        *("text/xml; charset=iso-8859-2", 'text/xml; charset="ISO-8859-2"; x=y'),
+        *("text/xml;charset=iso-8859-2;q", "x; a=b; Charset=ISO-8859-2"),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, PARSE_APART])
+async def test_charset_of_the_header(content_type: str, padding: int) -> None:
+    """Bytes that are no UTF-8 are read by the charset that HTTP tells, in large documents too."""
+    body = an_inline("Łódź").decode() + " " * padding
+    document = await read(a_reply(body.encode("iso-8859-2"), content_type=content_type))
+
+    assert "Łódź" == document.ads[0].id
+
+
+async def test_utf8_wins_over_the_header() -> None:
+    """What is UTF-8 is read as such, whatever HTTP says."""
+    document = await read(a_reply(an_inline("Łódź"), content_type="text/xml; charset=iso-8859-2"))
+
+    assert "Łódź" == document.ads[0].id
+
+
+async def test_large_document_is_read_apart() -> None:
+    """While a large document is parsed the loop goes on; many at once do not disturb each other."""
+    padded = [an_inline(f"ad{number}") + b" " * PARSE_APART for number in range(8)]
+    documents = await asyncio.gather(*(read(a_reply(each)) for each in padded))
+
+    assert [f"ad{number}" for number in range(8)] == [each.ads[0].id for each in documents]
+
+
+@pytest.mark.parametrize("size", [0, PARSE_APART])
+async def test_broken_document_is_broken_in_any_size(size: int) -> None:
+    """A document that is no XML is refused, parsed apart or not."""
+    with pytest.raises(VastSyntaxError):
+        await read(a_reply(b"<VAST" + b" " * size))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(204, NoAdError), (304, UpstreamStatusError), (500, UpstreamStatusError)]
+)
+async def test_status_without_a_document(status: int, error: type[Exception]) -> None:
+    """A status that is no success carries no document, whatever its body is."""
+    with pytest.raises(error):
+        await read(a_reply(an_inline(), status=status))
+
+
+@pytest.mark.parametrize("status", [200, 201, 203, 206])
+async def test_any_success_carries_a_document(status: int) -> None:
+    """Any other status of success is as good as 200."""
+    assert "ad" == (await read(a_reply(an_inline(), status=status))).ads[0].id
+
+
+def test_default_policy() -> None:
+    """A resolver without a policy has VAST's own limits."""
+    default: Any = VastChainResolver().policy
+
+    assert Policy() == default
