@@ -8,6 +8,7 @@ what they needed.
 import asyncio
 import os
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -149,14 +150,19 @@ async def listening(runner: web.BaseRunner, places: Iterable[Listen]) -> AsyncIt
 
 async def _open(runner: web.BaseRunner, place: Listen) -> str:
     if place.path:
-        # A socket that a killed process left behind would stand in the way.
-        with suppress(FileNotFoundError):
-            os.unlink(place.path)  # noqa: PTH108
+        _remove_stale_socket(place.path)
         await web.UnixSite(runner, place.path, backlog=BACKLOG).start()
         return str(place)
     site = web.TCPSite(runner, place.host or None, place.port, backlog=BACKLOG)
     await site.start()
     return f"http://{place}"
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove a socket that a killed process left at *path*; anything else there stays."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
+            os.unlink(path)  # noqa: PTH108
 
 
 @asynccontextmanager

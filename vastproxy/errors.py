@@ -8,7 +8,8 @@ Every exception of vastproxy, drawn as one tree.
     ├── VastError               a document cannot be used; carries the VAST code
     │   ├── VastSyntaxError     100: not well-formed, after every repair that is safe
     │   ├── VastSchemaError     101: well-formed, but no VAST that can be followed
-    │   └── VastVersionError    102: a version that is not understood (VAST 1.x)
+    │   ├── VastVersionError    102: a version that is not understood (VAST 1.x)
+    │   └── NoAdError           303: the HTTP status says that there is no ad
     └── UpstreamError           an ad server could not be asked, or did not answer as one
         ├── UpstreamTimeoutError    301: no answer in time
         ├── UpstreamStatusError     301: an HTTP status that is no success
@@ -62,6 +63,12 @@ class VastVersionError(VastError):
     """A version of VAST that is not understood."""
 
     vast_code = 102
+
+
+class NoAdError(VastError):
+    """An answer that says by its HTTP status that there is no ad."""
+
+    vast_code = 303
 
 
 class UpstreamError(VastproxyError):

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 
+def clean(text: str) -> str:
+    """Replace lone surrogates (bytes that were no UTF-8): they cannot be encoded again."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 class FrozenMapping(Mapping[str, str]):
     """
     A mapping of strings that cannot change and can be hashed.
@@ -108,6 +113,10 @@ class AdRequest:
     """The id a trusted proxy gave this request; empty: one is made."""
     received: float = 0.0
     """When it came in, on the loop's monotonic clock, in seconds."""
+
+    def header(self, name: str) -> str:
+        """Give the value of header *name*, as text that can be encoded; empty for none."""
+        return clean(self.headers.get(name, ""))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from vastproxy.model import AdRequest, Device, HopReply
 from vastproxy.observe.trace import Exchange, Trace
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Fetched, Request, UpstreamSession, VastSession
+from vastproxy.vast.document import VastDocument
 
 
 @dataclass
@@ -34,6 +35,9 @@ class FakeUpstream:
     def filled_known(self, body: bytes, session: VastSession) -> bytes:
         """Give *body* as it is."""
         return body + repr(session).encode()
+
+    def fill_media(self, document: VastDocument, session: VastSession) -> None:
+        """Leave *document* as it is."""
 
     def device_headers(self, device: Device) -> tuple[tuple[str, str], ...]:
         """Give one header."""

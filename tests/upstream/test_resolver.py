@@ -10,20 +10,14 @@ import pytest
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.hostile import a_wrapper, an_inline, wrapper_element
 from vastproxy.config.template import Template
-from vastproxy.errors import UpstreamStatusError, VastSyntaxError
+from vastproxy.errors import NoAdError, UpstreamStatusError, VastSyntaxError
 from vastproxy.model import AdRequest, HopReply
 from vastproxy.observe.trace import Hop, Trace
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Request, VastSession
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
-from vastproxy.upstream.resolver import (
-    PARSE_APART,
-    NoAdError,
-    Resolution,
-    VastChainResolver,
-    read,
-)
+from vastproxy.upstream.resolver import PARSE_APART, Resolution, VastChainResolver, read
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
 from vastproxy.vast.unwrap import Policy
 

@@ -516,7 +516,7 @@ class Route(Settings):
         "all", "Which of the player's query parameters go on to the upstream: all, none or a list."
     )
     forward_cookies: tuple[Annotated[str, AfterValidator(_cookie_name)], ...] = _setting(
-        [], "Names of the player's cookies that are handed to the first upstream."
+        [], "Names of the player's cookies that are handed to the upstreams of this route."
     )
     viewer: tuple[Place, ...] = _setting(
         [], "Where the viewer's id is found: query:NAME, header:NAME, cookie:NAME; the first wins."
@@ -535,7 +535,7 @@ class Route(Settings):
         5, "How many wrappers may follow one another; 0 to 20."
     )
     max_fetches: Count = _setting(
-        100, "How many requests one ad request may cause, all upstreams and redirects together."
+        100, "How many documents the wrappers of one upstream's answer may cause to be fetched."
     )
     standalone_ads: Count = _setting(
         1, "How many ads are wanted of a document that offers several without a sequence."

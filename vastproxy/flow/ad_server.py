@@ -23,7 +23,7 @@ from vastproxy.upstream.upstream import VastUpstream
 from vastproxy.vast import serialise
 from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import VastDocument
-from vastproxy.vast.macros import Macros, fill_everywhere, replace_few
+from vastproxy.vast.macros import MACROS, Context, Macros, fill_everywhere, replace_few
 from vastproxy.vast.merge import MergeNote, merge
 from vastproxy.vast.parse import is_plain
 from vastproxy.vast.unwrap import Report, Unwrapped
@@ -122,7 +122,7 @@ class AdServer:
         return Explained(body, tuple(trace.ordered()), notes, outcome)
 
     def _context(self, route: Route, request: AdRequest) -> SessionContext:
-        taken = cookies(request.headers.get("cookie", ""), route.forward_cookies)
+        taken = cookies(request.header("cookie"), route.forward_cookies)
         return self._factory.context(
             request_id=request.request_id,
             correlator=found(route.correlator, request) if route.correlator else "",
@@ -261,7 +261,7 @@ def written(route: Route, outcome: Outcome) -> tuple[bytes, tuple[tuple[MergeNot
         _drop_ads(outcome, str(error))
         return _without_ads(route, outcome), ()
     document = serialise.assemble(outcome.unwrapped)
-    serialise.fill_media(document, outcome.session.macros)
+    outcome.session.upstream.fill_media(document, outcome.session)
     return _filled(route, serialise.to_bytes(document), outcome.session.macros), notes
 
 
@@ -298,7 +298,9 @@ def _without_ads(route: Route, outcome: Outcome) -> bytes:
             for session, report in outcome.reports
             for uri in report.uris
         ]
-    return serialise.empty(errors=errors)
+    body = serialise.empty(errors=errors)
+    known = [session for session, _ in (*outcome.no_ads, *outcome.reports)]
+    return _filled(route, body, known[0].macros) if known else body
 
 
 def _filled(route: Route, body: bytes, macros: Macros) -> bytes:
@@ -306,7 +308,8 @@ def _filled(route: Route, body: bytes, macros: Macros) -> bytes:
     if b"[" not in body:
         return body
     if route.fill_macros == "all":
-        names = [name for name in _TOLD_TO_TRACKERS if macros.get(name) is not None]
+        own = [name for name, _ in route.macros if MACROS[name].context & Context.TRACKING]
+        names = [name for name in (*_TOLD_TO_TRACKERS, *own) if macros.get(name) is not None]
         return fill_everywhere(body, {each.encode(): _bytes(macros, each) for each in names})
     few = [(f"[{name}]".encode(), name) for name in ("CORRELATOR", "TRANSACTIONID")]
     return replace_few(body, [(key, _bytes(macros, name)) for key, name in few if key in body])

@@ -72,8 +72,8 @@ def found(source: Source, request: AdRequest) -> str:
     if source.kind == "query":
         return request.query.get(source.name, "")
     if source.kind == "header":
-        return request.headers.get(source.name.lower(), "")
-    return cookies(request.headers.get("cookie", ""), (source.name,)).get(source.name, "")
+        return request.header(source.name)
+    return cookies(request.header("cookie"), (source.name,)).get(source.name, "")
 
 
 def viewer_of(route: Route, request: AdRequest) -> str:

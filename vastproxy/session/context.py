@@ -23,7 +23,7 @@ class SessionContext:
     cachebusting: str
     """Eight digits (VAST 4.3 section 6.2)."""
     cookies: FrozenMapping = field(default_factory=FrozenMapping)
-    """Cookies that go to the first upstream; what upstreams set lives in the session's jar."""
+    """The player's, for the entry upstream; what upstreams set lives in the session's jar."""
     request_id: str = ""
     """What logs and answers call it."""
 

@@ -19,7 +19,7 @@ from vastproxy.session.context import (
 )
 from vastproxy.session.cookies import CookieJar
 from vastproxy.session.session import Request, Upstream, VastSession
-from vastproxy.vast.macros import Macros
+from vastproxy.vast.macros import UNKNOWN, Macros
 
 TimestampStyle = Literal["unix_ms", "iso8601"]
 
@@ -90,7 +90,7 @@ class SessionFactory:
 
 
 def macros_of(context: SessionContext, request: Request, timestamp: TimestampStyle) -> Macros:
-    """Say what the proxy knows of the macros of one ad request (VAST.md 5.2)."""
+    """Say what the proxy knows of the macros of one ad request (docs/vast.md)."""
     device = request.device
     values: dict[str, str | Callable[[], str]] = {
         "TIMESTAMP": str(context.timestamp) if timestamp == "unix_ms" else _iso(context.timestamp),
@@ -108,9 +108,17 @@ def macros_of(context: SessionContext, request: Request, timestamp: TimestampSty
         values["DEVICEUA"] = device.user_agent
     if device.referer:
         values["PAGEURL"] = device.referer
-        values["DOMAIN"] = lambda: urlsplit(device.referer).hostname or "-1"
+        values["DOMAIN"] = lambda: _host(device.referer) or UNKNOWN
     values.update(request.macros)
     return Macros(values)
+
+
+def _host(url: str) -> str:
+    """Give the host of *url*; empty where it is no URL."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _iso(timestamp: int) -> str:

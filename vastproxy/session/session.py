@@ -9,6 +9,7 @@ from vastproxy.model import AdRequest, Device, HopReply
 from vastproxy.observe.trace import Exchange, Trace
 from vastproxy.session.context import SessionContext
 from vastproxy.session.cookies import CookieJar
+from vastproxy.vast.document import VastDocument
 from vastproxy.vast.macros import Macros
 
 
@@ -38,6 +39,9 @@ class Upstream(Protocol):
 
     def filled_known(self, body: bytes, session: "VastSession") -> bytes:
         """Fill what is known where no player does it, in a document that is passed through."""
+
+    def fill_media(self, document: VastDocument, session: "VastSession") -> None:
+        """Fill what is known in the media files of a resolved *document*."""
 
     def device_headers(self, device: Device) -> tuple[tuple[str, str], ...]:
         """Give the headers that tell this upstream, and those behind it, of the device."""

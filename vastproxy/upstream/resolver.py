@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from vastproxy.errors import UpstreamError, UpstreamStatusError, VastError
+from vastproxy.errors import NoAdError, UpstreamError, UpstreamStatusError, VastError
 from vastproxy.model import HopReply
 from vastproxy.observe.trace import AdFact, Exchange, Hop
 from vastproxy.session.session import VastSession
-from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.parse import hardened_parser, parse
 from vastproxy.vast.unwrap import Policy, Unwrapped, Unwrapper, Want
@@ -55,12 +54,6 @@ class Entry:
     """Its bytes as they came."""
     number: int
     """Which hop it was."""
-
-
-class NoAdError(VastError):
-    """An answer that says there is no ad, by its HTTP status."""
-
-    vast_code = VastCode.NO_AD
 
 
 class VastChainResolver:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from time import perf_counter
 from typing import Literal
 
@@ -16,8 +15,9 @@ from vastproxy.session.session import Fetched, VastSession
 from vastproxy.upstream.client import HopClient
 from vastproxy.upstream.headers import device_headers, safe
 from vastproxy.upstream.urls import Target, extended, joined, target, with_parameter
+from vastproxy.vast.document import VastDocument
 from vastproxy.vast.macros import Spelling, encode, spelling
-from vastproxy.vast.serialise import fill_spans
+from vastproxy.vast.serialise import fill_media, fill_spans
 
 MAX_REDIRECTS = 10
 """HTTP redirects of one hop. Cookie matching takes three or four; browsers stop at 20."""
@@ -106,9 +106,7 @@ class VastUpstream:
         found = target(url)
         usual = found.port == _DEFAULT_PORTS[found.scheme]
         names = (f"{found.host}:{found.port}", *((found.host,) if usual else ()))
-        if not any(
-            fnmatchcase(name, each.lower()) for name in names for each in self.settings.hosts
-        ):
+        if not any(_is_listed(name, each) for name in names for each in self.settings.hosts):
             raise EgressBlockedError(f"the host {names[0]} is not among the upstream's hosts")
 
     def _with_session(self, url: str, session: VastSession) -> str:
@@ -141,6 +139,10 @@ class VastUpstream:
     def filled_known(self, body: bytes, session: VastSession) -> bytes:
         """Fill what is known where no player does it, in a document that is passed through."""
         return fill_spans(body, session.macros, self.settings.spelling)
+
+    def fill_media(self, document: VastDocument, session: VastSession) -> None:
+        """Fill what is known in the media files of a resolved *document*."""
+        fill_media(document, session.macros, self.settings.spelling)
 
     def device_headers(self, device: Device) -> tuple[tuple[str, str], ...]:
         """Give the headers that tell this upstream, and those behind it, of the *device*."""
@@ -275,7 +277,7 @@ def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
             case "query":
                 return request.query.get(placeholder.name, "")
             case "header":
-                return request.headers.get(placeholder.name, "")
+                return request.header(placeholder.name)
             case "viewer":
                 return viewer
             case "client_ip":
@@ -284,6 +286,12 @@ def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
                 return request.rest
 
     return look
+
+
+def _is_listed(name: str, pattern: str) -> bool:
+    """Whether a host is the one of *pattern*, or below it (``*.example.com``)."""
+    wanted = pattern.lower()
+    return name.endswith(wanted[1:]) if wanted.startswith("*.") else name == wanted
 
 
 def _with_rest(url: str, rest: str) -> str:

@@ -11,7 +11,7 @@ what is not the proxy's to fill stays for the player.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import lru_cache
@@ -170,7 +170,7 @@ SPELLINGS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """
-Spellings met in the field, by the name that switches them on (VAST.md 5.3). ``encoded`` is no
+Spellings met in the field, by the name that switches them on (docs/vast.md). ``encoded`` is no
 table: it means ``%5BNAME%5D`` for every known name.
 """
 
@@ -184,7 +184,8 @@ _PARAMETER_START = re.compile(r"[?&;]")
 
 def encode(value: str) -> str:
     """Percent-encode *value* as ``encodeURIComponent`` does (VAST 4.3 section 6.1)."""
-    return quote(value, safe="!~*'()")
+    # Characters that no encoding has (lone surrogates) become "?": this is no place to fail.
+    return quote(value.encode("utf-8", "replace"), safe="!~*'()")
 
 
 def encode_list(values: Iterable[str]) -> str:
@@ -273,11 +274,21 @@ class Macros:
         told = self.having({"ERRORCODE": str(code)})
         return told._fill(url, how, Context.ERROR, missing=False)  # noqa: SLF001
 
-    def fill_known(self, url: str, how: Spelling = _STANDARD) -> str:
-        """Fill what is known in *url*, and leave the rest to whoever requests it."""
-        return self._fill(url, how, _RT, missing=False)
+    def fill_known(
+        self, url: str, how: Spelling = _STANDARD, only: Container[str] | None = None
+    ) -> str:
+        """Fill what is known in *url*, or *only* some of it; the rest is for who requests it."""
+        return self._fill(url, how, _RT, missing=False, only=only)
 
-    def _fill(self, url: str, how: Spelling, context: Context, *, missing: bool) -> str:
+    def _fill(
+        self,
+        url: str,
+        how: Spelling,
+        context: Context,
+        *,
+        missing: bool,
+        only: Container[str] | None = None,
+    ) -> str:
         if "[" not in url and "%" not in url and not how.aliases:
             return url
 
@@ -289,7 +300,7 @@ class Macros:
                 or match[match.lastindex or 0]
             )
             macro = MACROS.get(name)
-            if macro is None or not macro.context & context:
+            if macro is None or not macro.context & context or (only and name not in only):
                 return whole
             if whole[0] == "%" and whole[1] == "5" and _is_nested(url, match.start()):
                 return whole
@@ -306,7 +317,7 @@ def _is_nested(url: str, at: int) -> bool:
     Whether position *at* is inside a URL that is a parameter's value.
 
     Its server decodes once and hands on: a value put in here would have to be encoded once more.
-    So it is left alone (VAST.md 5.3, rule 2).
+    So it is left alone (docs/vast.md).
     """
     start = max(url.rfind("?", 0, at), url.rfind("&", 0, at), url.rfind(";", 0, at))
     return start >= 0 and _NESTED.search(url, start, at) is not None

@@ -51,6 +51,7 @@ _LINEAR_ORDER = ("Icons", "TrackingEvents", "AdParameters", "Duration", "MediaFi
 _CLICKS_ORDER = ("ClickTracking", "ClickThrough", "CustomClick")
 _VIEWS = ("Viewable", "NotViewable", "ViewUndetermined")
 _RESOURCES = ("StaticResource", "IFrameResource", "HTMLResource")
+_INLINE_ONLY = ("MediaFiles", "AdParameters", "Duration", "InteractiveCreativeFile")
 _VERIFICATION_EXTENSION = "adverifications"
 
 MAX_PLACED = 20_000
@@ -123,6 +124,8 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     _refuse_too_many(unwrapped, targets, found)
     notes = []
     for ad, target in zip(unwrapped.ads, targets, strict=True):
+        if ad.inline.document is not unwrapped.entry:
+            target.take_root_errors(ad.inline.document)
         ad_notes: list[MergeNote] = []
         for wrapper in reversed(ad.wrappers):
             uses[id(wrapper)] -= 1
@@ -165,7 +168,7 @@ def _material(wrapper: Ad) -> _Material:
         collect = _COLLECTORS.get(local_name(each))
         if collect is not None:
             collect(found, each)
-    # A document's own <Error>s speak for the ads in it (VAST.md, 1.2).
+    # A document's own <Error>s speak for the ads in it (docs/vast.md).
     found.errors = _with_text(wrapper.document.error_elements) + found.errors
     return found
 
@@ -224,14 +227,14 @@ def _collect_linear(found: _Material, linear: etree._Element) -> None:
             found.click_through = through[0]
     for icons in children(linear, "Icons"):
         found.icons += children(icons, "Icon")
-    _note_dropped(found, linear, ("MediaFiles", "AdParameters", "Duration"))
+    _note_dropped(found, linear, _INLINE_ONLY)
 
 
 def _collect_nonlinear(found: _Material, ads: etree._Element) -> None:
     found.nonlinear_events += _events(ads)
     for each in children(ads, "NonLinear"):
         found.nonlinear_clicks += _with_text(children(each, "NonLinearClickTracking"))
-        _note_dropped(found, each, _RESOURCES)
+        _note_dropped(found, each, (*_RESOURCES, "NonLinearClickThrough"))
 
 
 def _collect_companions(found: _Material, ads: etree._Element) -> None:
@@ -310,6 +313,15 @@ class _Target:
             for each in children(ads, "Companion")
         ]
 
+    def take_root_errors(self, document: VastDocument) -> None:
+        """
+        Make the root errors of the InLine's own document errors of the ad.
+
+        Beside an ad they are not allowed (VAST 4.3 section 3.2); in the entry document they stay.
+        """
+        copies = [deepcopy(each) for each in _with_text(document.error_elements)]
+        _add(self.body, "Error", copies, _INLINE_ORDER)
+
     def take(self, material: _Material, *, last: bool) -> MergeNote:
         """Fold one wrapper in. *last*: nobody else needs its nodes, so they may be moved."""
         give = _Giver(namespace_of(material.wrapper.body), self.namespace, last=last)
@@ -354,9 +366,10 @@ class _Target:
             _add(self.body, f"ViewableImpression/{name}", give.nodes(nodes), _VIEWS)
 
     def _take_linear(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+        taken = 0
         for at, linear in enumerate(self.linears):
             more = at < len(self.linears) - 1
-            self._take_clicks(linear, material, give, more=more)
+            taken += self._take_clicks(linear, material, give, more=more)
             events = give.nodes(material.linear_events, more=more)
             _add(linear, "TrackingEvents/Tracking", events, _LINEAR_ORDER)
             self._take_icons(linear, material, give, note, more=more)
@@ -366,24 +379,27 @@ class _Target:
         if not self.linears:
             kept["Icon"] += len(material.icons)
         if material.click_through is not None:
-            note.dropped["ClickThrough"] += 1
+            kept = note.taken if taken else note.dropped
+            kept["ClickThrough"] += 1
 
     def _take_clicks(
         self, linear: etree._Element, material: _Material, give: "_Giver", *, more: bool
-    ) -> None:
+    ) -> bool:
+        """Add the click trackers; true if the wrapper's landing page was needed too."""
         for name in ("ClickTracking", "CustomClick"):
             nodes = [each for each in material.clicks if local_name(each) == name]
             _add(linear, f"VideoClicks/{name}", give.nodes(nodes, more=more), _LINEAR_ORDER)
         if material.click_through is None:
-            return
+            return False
         clicks = child(linear, "VideoClicks")
         present = list(children(clicks, "ClickThrough")) if clicks is not None else []
         if any(text_of(each) for each in present):
-            return
+            return False
         for each in present:
             each.getparent().remove(each)  # type: ignore[union-attr]  # it was found below clicks
         nodes = give.nodes([material.click_through], more=more)
         _add(linear, "VideoClicks/ClickThrough", nodes, _LINEAR_ORDER)
+        return True
 
     def _take_icons(
         self,
@@ -571,22 +587,28 @@ def _add(
         parent = inner
         order = _CLICKS_ORDER if container == "VideoClicks" else order
     first = child(parent, name)
+    if first is None:
+        first, *after = nodes
+        first.tail = None
+        _place(parent, first, order)
+        for each in reversed(after):
+            each.tail = None
+            first.addnext(each)
+        return
     for each in nodes:
         each.tail = None
-        if first is not None:
-            first.addprevious(each)
-        else:
-            _place(parent, each, order)
+        first.addprevious(each)
 
 
 def _place(parent: etree._Element, node: etree._Element, order: Sequence[str]) -> None:
     """Insert *node* before the first child that comes later in *order*, else at the end."""
     name = local_name(node)
-    later = order[order.index(name) + 1 :] if name in order else ()
-    for each in parent.iterchildren(etree.Element):
-        if local_name(each) in later:
-            each.addprevious(node)
-            return
+    if name in order:
+        later = order[order.index(name) + 1 :]
+        for each in parent.iterchildren(etree.Element):
+            if local_name(each) in later:
+                each.addprevious(node)
+                return
     parent.append(node)
 
 

@@ -2,7 +2,7 @@
 Write the answer: one document of InLine ads, or an empty one.
 
 CDATA sections, comments, foreign namespaces and unknown attributes are written as they were
-read. The XML declaration says UTF-8, and there is no byte order mark (VAST.md 4.3).
+read. The XML declaration says UTF-8, and there is no byte order mark (docs/vast.md).
 """
 
 import re
@@ -24,7 +24,7 @@ from vastproxy.vast.unwrap import Unwrapped
 DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>\n'
 
 EMPTY_VERSION = "3.0"
-"""For a player's sake: some refuse ``version="4.x"``, none refuses this one (VAST.md 5a)."""
+"""For a player's sake: some refuse ``version="4.x"``, none refuses this one (docs/vast.md)."""
 
 
 def assemble(unwrapped: Unwrapped) -> VastDocument:
@@ -70,11 +70,15 @@ def _number(element: etree._Element, sequence: int | None) -> None:
         del element.attrib["sequence"]
 
 
-def fill_media(document: VastDocument, macros: Macros) -> None:
-    """Fill what is known in the URLs of media files: no player does it there."""
+MEDIA_MACROS = frozenset({"TIMESTAMP", "CACHEBUSTING", "CORRELATOR", "TRANSACTIONID"})
+"""What is filled in the URLs of media files: no player does it there."""
+
+
+def fill_media(document: VastDocument, macros: Macros, how: Spelling) -> None:
+    """Fill :data:`MEDIA_MACROS` in the media files of *document*."""
     for each in document.root.iter("{*}MediaFile"):
         url = text_of(each)
-        if "[" in url and (filled := macros.fill_known(url)) != url:
+        if (filled := macros.fill_known(url, how, MEDIA_MACROS)) != url:
             for inner in list(each):
                 each.remove(inner)
             each.text = etree.CDATA(filled)
@@ -97,7 +101,8 @@ def fill_spans(body: bytes, macros: Macros, how: Spelling) -> bytes:
         if match.start() < done or end < 0:
             continue
         inner = body[match.end() : end]
-        filled = macros.fill_known(inner.decode(), how).encode()
+        only = MEDIA_MACROS if match[1] == b"MediaFile" else None
+        filled = macros.fill_known(inner.decode(), how, only).encode()
         parts += [body[done : match.end()], filled]
         done = end
     return b"".join([*parts, body[done:]])

@@ -4,7 +4,7 @@ Follow chains of wrappers, without doing any I/O.
 Rule 1: everything that decides whether a chain goes on, and what stands in for a failed one,
 lives in this file. It knows no fetcher, no clock and no config.
 Rule 2: loops are judged per chain, by its own ancestors. Two slots of a pod may name the same
-URL, and both are asked for (VAST.md, 1.4).
+URL, and both are asked for (docs/vast.md).
 Rule 3: a failure is reported once, with one code, to every wrapper above it, its own included.
 A wrapper whose ads have all failed was told by each of them, and is not told again.
 Rule 4: nothing here recurses over the width of a document; depth is bounded by the wrapper limit.
@@ -25,7 +25,7 @@ from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument, child, children, text_of
 
 MAX_WRAPPERS = 5
-"""VAST 4.3 section 2.4.1.2: players need to accept five wrappers before an InLine."""
+"""VAST 4.3 section 2.3.5.1: players need to accept five wrappers before an InLine."""
 
 MAX_FETCHES = 100
 """Documents fetched for one ad request: a pod of ten ads behind ten different chains of five,

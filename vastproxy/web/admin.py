@@ -10,7 +10,7 @@ def admin_app(is_ready: Callable[[], bool]) -> web.Application:
     Make the application of the admin listener.
 
     ``/healthz`` answers while the process can; ``/readyz`` answers 503 from the signal to stop
-    on, so that a balancer takes this instance out before its listener closes.
+    on: the players' listener refuses new connections then, and what is in flight ends.
     """
 
     async def healthz(_: web.Request) -> web.Response:

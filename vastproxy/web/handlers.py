@@ -13,7 +13,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
-from vastproxy.model import AdRequest, AdResponse, Device, Query
+from vastproxy.model import AdRequest, AdResponse, Device, Query, clean
 
 ALLOWED = "GET, HEAD, OPTIONS"
 EXPOSED = "X-Request-Id, Server-Timing"
@@ -38,11 +38,6 @@ def ad_request(
         request_id=request.headers.get("X-Request-Id", "") if believed else "",
         received=received,
     )
-
-
-def clean(text: str) -> str:
-    """Replace lone surrogates (bytes that were no UTF-8): they cannot be encoded again."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def raw_path(request: web.BaseRequest) -> str:
@@ -72,18 +67,18 @@ def _is_trusted(peer: str, trusted: Networks) -> bool:
 
 def _device(headers: Mapping[str, str], peer: str, trusted: Networks | None) -> Device:
     """Say who asks; *trusted* is None where the peer itself is not believed."""
-    agent = headers.get(hdrs.USER_AGENT, "")
-    referer = headers.get(hdrs.REFERER, "")
-    language = headers.get(hdrs.ACCEPT_LANGUAGE, "")
+    agent = clean(headers.get(hdrs.USER_AGENT, ""))
+    referer = clean(headers.get(hdrs.REFERER, ""))
+    language = clean(headers.get(hdrs.ACCEPT_LANGUAGE, ""))
     if trusted is None:
         return Device(peer, agent, referer, language, forwarded_for=peer)
     chain = [part.strip() for part in headers.get("X-Forwarded-For", "").split(",") if part.strip()]
     return Device(
         ip=_address(headers.get("X-Device-IP", "")) or _first_untrusted(chain, trusted) or peer,
-        user_agent=headers.get("X-Device-User-Agent", agent),
-        referer=headers.get("X-Device-Referer", referer),
-        accept_language=headers.get("X-Device-Accept-Language", language),
-        requested_with=headers.get("X-Device-Requested-With", ""),
+        user_agent=clean(headers.get("X-Device-User-Agent", agent)),
+        referer=clean(headers.get("X-Device-Referer", referer)),
+        accept_language=clean(headers.get("X-Device-Accept-Language", language)),
+        requested_with=clean(headers.get("X-Device-Requested-With", "")),
         forwarded_for=", ".join([*chain, *([peer] if peer else [])]),
     )
 

@@ -1,0 +1,36 @@
+"""The operator's side tells life from readiness."""
+
+import pytest
+from pytest_aiohttp.plugin import AiohttpClient
+
+from vastproxy.web.admin import admin_app
+
+
+@pytest.mark.parametrize(
+    ("ready", "status", "word"), [(True, 200, "ready"), (False, 503, "draining")]
+)
+async def test_readiness(
+    aiohttp_client: AiohttpClient, *, ready: bool, status: int, word: str
+) -> None:
+    """While it drains the proxy is alive and not ready."""
+    client = await aiohttp_client(admin_app(lambda: ready))
+    readyz, healthz = await client.get("/readyz"), await client.get("/healthz")
+
+    assert (status, {"status": word}) == (readyz.status, await readyz.json())
+    assert (200, {"status": "ok"}) == (healthz.status, await healthz.json())
+
+
+async def test_readiness_is_asked_each_time(aiohttp_client: AiohttpClient) -> None:
+    """Readiness is what it is now, not what it was at the start."""
+    states = iter([True, False])
+    client = await aiohttp_client(admin_app(lambda: next(states)))
+
+    assert [200, 503] == [(await client.get("/readyz")).status for _ in range(2)]
+
+
+async def test_nothing_else_is_there(aiohttp_client: AiohttpClient) -> None:
+    """Other paths are unknown, and other methods refused."""
+    client = await aiohttp_client(admin_app(lambda: True))
+
+    assert 404 == (await client.get("/")).status
+    assert 405 == (await client.post("/readyz")).status

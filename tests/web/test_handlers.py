@@ -1,0 +1,268 @@
+"""What is believed of a request, and what every answer says to browsers."""
+
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from hypothesis import given
+from hypothesis import strategies as st
+from multidict import CIMultiDict
+
+from vastproxy.model import AdRequest, AdResponse, Device
+from vastproxy.web.handlers import (
+    Networks,
+    ad_request,
+    answered,
+    clean,
+    cors,
+    preflight,
+    raw_path,
+    refused,
+)
+
+TRUSTED: Networks = (ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"))
+FORGED = (
+    ("X-Forwarded-For", "6.6.6.6"),
+    ("X-Device-IP", "6.6.6.6"),
+    ("X-Device-User-Agent", "Forged"),
+    ("X-Device-Referer", "http://forged/"),
+    ("X-Device-Accept-Language", "xx"),
+    ("X-Device-Requested-With", "forged"),
+    ("X-Request-Id", "forged"),
+)
+OWN = (("User-Agent", "TV"), ("Referer", "http://p.example/"), ("Accept-Language", "de"))
+
+
+class FakeTransport:
+    """Says which address a request came from."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        """Give the peer's address, and nothing else."""
+        return (self._peer, 5000) if name == "peername" and self._peer else default
+
+    def is_closing(self) -> bool:
+        """Stay open."""
+        return False
+
+
+def a_request(
+    path: str = "/ad", headers: Sequence[tuple[str, str]] = (), peer: str = "10.0.0.1"
+) -> web.Request:
+    """Build a request for *path* from *peer*; empty for a Unix socket."""
+    transport: Any = FakeTransport(peer)
+    return make_mocked_request("GET", path, headers=CIMultiDict(headers), transport=transport)
+
+
+def read(
+    path: str = "/ad", headers: Sequence[tuple[str, str]] = (), peer: str = "10.0.0.1"
+) -> AdRequest:
+    """Read a request as the proxy with ``TRUSTED`` does."""
+    return ad_request(a_request(path, headers, peer), "/ad", "", trusted=TRUSTED, received=1.0)
+
+
+@pytest.mark.parametrize("peer", ["192.0.2.1", "2001:db9::1", "11.0.0.1"])
+def test_strangers_are_not_believed(peer: str) -> None:
+    """Of what a stranger says about somebody else, nothing is believed."""
+    request = read(headers=(*OWN, *FORGED), peer=peer)
+
+    assert Device(peer, "TV", "http://p.example/", "de", forwarded_for=peer) == request.device
+    assert "" == request.request_id
+
+
+@pytest.mark.parametrize("peer", ["10.0.0.1", "2001:db8::1", "2001:db8::1%eth0", ""])
+def test_trusted_are_believed(peer: str) -> None:
+    """What a trusted proxy, or a Unix socket, says of the device is believed."""
+    request = read(headers=(*OWN, *FORGED), peer=peer)
+
+    assert ("6.6.6.6", "Forged", "http://forged/", "xx", "forged") == (
+        request.device.ip,
+        request.device.user_agent,
+        request.device.referer,
+        request.device.accept_language,
+        request.device.requested_with,
+    )
+    assert "forged" == request.request_id
+
+
+def test_trusted_that_tell_nothing() -> None:
+    """Where a trusted proxy tells nothing of the device, its own headers count."""
+    request = read(headers=OWN)
+
+    assert ("10.0.0.1", "TV", "http://p.example/", "de") == (
+        request.device.ip,
+        request.device.user_agent,
+        request.device.referer,
+        request.device.accept_language,
+    )
+
+
+@pytest.mark.parametrize(
+    ("chain", "ip"),
+    [
+        ("198.51.100.7", "198.51.100.7"),
+        ("6.6.6.6, 198.51.100.7", "198.51.100.7"),
+        ("6.6.6.6, 198.51.100.7, 10.1.1.1", "198.51.100.7"),
+        ("6.6.6.6,198.51.100.7,10.1.1.1,2001:db8::7", "198.51.100.7"),
+        ("10.1.1.1, 10.2.2.2", "10.1.1.1"),
+        ("198.51.100.7:5555", "198.51.100.7"),
+        ("[2001:db9::1]:5555", "2001:db9::1"),
+        ("2001:DB9::1", "2001:db9::1"),
+        (" , 198.51.100.7 ,, ", "198.51.100.7"),
+        ("198.51.100.7, unknown", "10.0.0.1"),
+        ("unknown", "10.0.0.1"),
+        ("198.51.100.7, _hidden, 10.1.1.1", "10.0.0.1"),
+        ("", "10.0.0.1"),
+        (",", "10.0.0.1"),
+    ],
+)
+def test_forwarded_for(chain: str, ip: str) -> None:
+    """The device is the last address of the chain that is none of ours; before it may be forged."""
+    assert ip == read(headers=(("X-Forwarded-For", chain),)).device.ip
+
+
+def test_forwarded_for_in_several_lines() -> None:
+    """Several lines are one chain (RFC 9110 section 5.3): the proxy's own line is the last."""
+    lines = (("X-Forwarded-For", "6.6.6.6"), ("X-Forwarded-For", "198.51.100.7"))
+    device = read(headers=lines).device
+
+    assert "198.51.100.7" == device.ip
+    assert "6.6.6.6, 198.51.100.7, 10.0.0.1" == device.forwarded_for
+
+
+@pytest.mark.parametrize("address", ["", "unknown", "1.2.3", "6.6.6.6, 7.7.7.7", "x:1", "[::x]"])
+def test_device_ip_that_is_none(address: str) -> None:
+    """An X-Device-IP that is no address is passed over."""
+    headers = (("X-Device-IP", address), ("X-Forwarded-For", "198.51.100.7"))
+
+    assert "198.51.100.7" == read(headers=headers).device.ip
+
+
+def test_way_here_is_kept() -> None:
+    """The chain so far, and the peer at its end, are there to be appended to."""
+    chain = (("X-Forwarded-For", "6.6.6.6,198.51.100.7"),)
+
+    assert "6.6.6.6, 198.51.100.7, 10.0.0.1" == read(headers=chain).device.forwarded_for
+    assert "6.6.6.6, 198.51.100.7" == read(headers=chain, peer="").device.forwarded_for
+
+
+def test_nobody_is_trusted_by_default() -> None:
+    """Without trusted proxies not even loopback is believed."""
+    request = ad_request(
+        a_request(headers=FORGED, peer="127.0.0.1"), "/ad", "", trusted=(), received=0.0
+    )
+
+    assert ("127.0.0.1", "") == (request.device.ip, request.request_id)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/a%2Fb/../c;d?x", "/a%2Fb/../c;d"),
+        ("/?", "/"),
+        ("http://other.example/a/b?c=/d", "/a/b"),
+        ("http://other.example", "/"),
+        ("http://other.example?x=/y", "/"),
+        ("HTTPS://other.example//a", "//a"),
+    ],
+)
+def test_raw_path(path: str, expected: str) -> None:
+    """The path is given as it was sent; of a request in absolute form, what is behind the host."""
+    assert expected == raw_path(a_request(path))
+
+
+def test_query_and_rest_are_as_sent() -> None:
+    """The query is given byte for byte, as are the rest of the path and the time."""
+    request = ad_request(
+        a_request("/ad/x?a=%2f&b=[C]&&=?d#e"), "/ad", "x%2F", trusted=(), received=7.5
+    )
+
+    assert ("/ad", "x%2F", "a=%2f&b=[C]&&=?d", 7.5) == (
+        request.route,
+        request.rest,
+        request.query.raw,
+        request.received,
+    )
+
+
+@given(text=st.text(alphabet=st.characters(), max_size=20))
+def test_clean_text_can_be_encoded(text: str) -> None:
+    """Any text is made one that can be encoded, and ASCII is not touched."""
+    assert clean(text) == clean(text).encode().decode()
+    assert not text.isascii() or text == clean(text)
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed", "credentials"),
+    [
+        (None, "*", None),
+        ("", "*", None),
+        ("null", "*", None),
+        ("https://p.example", "https://p.example", "true"),
+        ("http://p.example:8080", "http://p.example:8080", "true"),
+        ("app://tv", "app://tv", "true"),
+    ],
+)
+def test_cors(origin: str | None, allowed: str, credentials: str | None) -> None:
+    """An origin is echoed with credentials; without one anybody may read, without credentials."""
+    headers = cors(a_request(headers=(("Origin", origin),) if origin is not None else ()))
+
+    assert [allowed] == headers.getall("Access-Control-Allow-Origin")
+    assert credentials == headers.get("Access-Control-Allow-Credentials")
+    assert "Origin" == headers["Vary"]
+    assert "X-Request-Id, Server-Timing" == headers["Access-Control-Expose-Headers"]
+
+
+def browser_headers(headers: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Give what lets a browser read an answer."""
+    names = ("Access-Control-Allow-Origin", "Access-Control-Allow-Credentials")
+    return headers.get(names[0]), headers.get(names[1])
+
+
+def test_every_answer_can_be_read() -> None:
+    """An answer, an error and the answer to a preflight all carry the headers of CORS."""
+    request = a_request(headers=(("Origin", "https://p.example"),))
+    answers = (
+        answered(request, AdResponse(b"<VAST/>", "r1"), 0.1),
+        refused(request, 404, "no"),
+        preflight(request),
+    )
+
+    assert {("https://p.example", "true")} == {browser_headers(each.headers) for each in answers}
+
+
+def test_answer() -> None:
+    """An ad response is XML in UTF-8 that nobody stores, with its id and its timings."""
+    response = AdResponse(b"<VAST/>", "r1", timings=(("hop1", 12.34), ("hop2", 5.0)))
+    reply = answered(a_request(), response, 0.02)
+
+    assert (200, b"<VAST/>") == (reply.status, reply.body)
+    assert "application/xml; charset=utf-8" == reply.headers["Content-Type"]
+    assert "no-store" == reply.headers["Cache-Control"]
+    assert "r1" == reply.headers["X-Request-Id"]
+    assert "hop1;dur=12.3, hop2;dur=5.0, total;dur=20.0" == reply.headers["Server-Timing"]
+
+
+def test_preflight() -> None:
+    """A preflight is told the methods, and the headers that it asked for."""
+    reply = preflight(a_request(headers=(("Access-Control-Request-Headers", "x-a, x-b"),)))
+
+    assert 204 == reply.status
+    assert "GET, HEAD, OPTIONS" == reply.headers["Access-Control-Allow-Methods"]
+    assert "x-a, x-b" == reply.headers["Access-Control-Allow-Headers"]
+    assert "86400" == reply.headers["Access-Control-Max-Age"]
+    assert "Access-Control-Allow-Headers" not in preflight(a_request()).headers
+
+
+def test_refusals() -> None:
+    """A refusal says why in a line of text; for a wrong method, which are right."""
+    missing, wrong = refused(a_request(), 404, "no route"), refused(a_request(), 405, "use GET")
+
+    assert (404, "no route\n") == (missing.status, missing.text)
+    assert (405, "GET, HEAD, OPTIONS") == (wrong.status, wrong.headers["Allow"])
+    assert "Allow" not in missing.headers
