@@ -405,9 +405,7 @@ async def test_document_is_passed_through(stage: Stage, through: Callable[..., R
     assert ("one", 1, 1) == (response.upstream, response.ads, response.hops)
 
 
-async def test_passthrough_goes_on_to_the_next(
-    stage: Stage, through: Callable[..., Route]
-) -> None:
+async def test_passthrough_goes_on_to_the_next(stage: Stage, through: Callable[..., Route]) -> None:
     """Upstreams that fail or have no ad are passed over, and the empty one is told."""
     stage.web.replies |= {
         "/one": Reply(status=500),

@@ -29,6 +29,8 @@ else:
 
 AT_ONCE = 0.2
 """Seconds within which a bomb is dealt with."""
+SOON = 0.4
+"""The same for a document that is read, mended and answered: half a megabyte takes its time."""
 TRIES = 3
 """The best of these counts: the machine is shared."""
 MIB = 1 << 20
@@ -294,13 +296,13 @@ def test_refused(mined: Field, bomb: Bomb) -> None:
 
 @pytest.mark.parametrize("bomb", BOUNDED, ids=str)
 def test_bounded(mined: Field, bomb: Bomb) -> None:
-    """A document that is odd and within all limits is used or not, at once and in little memory."""
+    """A document that is odd and within all limits is used or not, soon and in little memory."""
     answers: list[tuple[Answer, float]] = []
     growth = mined.growth(lambda: answers.append(mined.ask(path_of(bomb))))
     ((answer, seconds),) = answers
 
     assert ad_ids(answer) in {(), ("bomb",)}
-    assert AT_ONCE > seconds
+    assert SOON > seconds
     assert PEAK > growth
     assert 0 == mined.trap.reached
 

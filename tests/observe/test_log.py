@@ -89,13 +89,13 @@ def test_traceback_is_a_field() -> None:
     """A traceback is a field of its event's line."""
     stream = configured()
     try:
-        raise LookupError(FORGERIES[0] + FORGERIES[5])
-    except LookupError:
+        {}[FORGERIES[0] + FORGERIES[5]]
+    except KeyError:
         structlog.get_logger("x").exception("a.b", request_id="r1")
     (line,) = records(stream)
 
     assert "Traceback (most recent call last)" in line["exception"]
-    assert "LookupError" in line["exception"]
+    assert "KeyError" in line["exception"]
     assert ("a.b", "r1", "error") == (line["event"], line["request_id"], line["level"])
 
 
@@ -229,7 +229,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_every_line_of_a_proxy_is_json(lines: list[str]) -> None:
-    """Whatever is asked, every line that the proxy writes is JSON with an event, a level, a time."""
+    """Every line that the proxy writes is JSON with an event, a level and a time."""
     read = [json.loads(line) for line in lines]
 
     assert all({"event", "level", "timestamp"} <= set(each) for each in read)

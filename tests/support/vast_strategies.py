@@ -22,19 +22,24 @@ HOSTILE = (
 )
 """Snippets that mean something to a parser of XML."""
 
+AN_INLINE = b"""<?xml version="1.0" encoding="UTF-8"?>
+<VAST version="4.2" xmlns="http://www.iab.com/VAST"><Ad id="a"><InLine><AdSystem>s</AdSystem>
+<Impression id="i"><![CDATA[https://t.example/i?a=1&b=[CACHEBUSTING]]]></Impression>
+<Creatives><Creative><Linear><TrackingEvents>
+<Tracking event="start">https://t.example/?a&amp;b</Tracking>
+</TrackingEvents></Linear></Creative></Creatives><!-- a remark --></InLine></Ad></VAST>"""
+
+A_POD = b"""<VAST version="3.0"><Ad sequence="1"><Wrapper allowMultipleAds="true">
+<VASTAdTagURI>https://t.example/a?b&c</VASTAdTagURI></Wrapper></Ad><Ad/></VAST>"""
+
 DOCUMENTS = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<VAST version="4.2" xmlns="http://www.iab.com/VAST">'
-    b'<Ad id="a"><InLine><AdSystem>s</AdSystem><Impression id="i"><![CDATA[https://t.example/i'
-    b"?a=1&b=[CACHEBUSTING]]]></Impression><Creatives><Creative><Linear><TrackingEvents>"
-    b'<Tracking event="start">https://t.example/?a&amp;b</Tracking></TrackingEvents></Linear>'
-    b"</Creative></Creatives><!-- a remark --></InLine></Ad></VAST>",
-    b'<VAST version="3.0"><Ad sequence="1"><Wrapper allowMultipleAds="true"><VASTAdTagURI>'
-    b"https://t.example/a?b&c</VASTAdTagURI></Wrapper></Ad><Ad/></VAST>",
+    AN_INLINE,
+    A_POD,
     '<?xml version="1.0" encoding="UTF-16"?><VAST><Error>é</Error></VAST>'.encode("utf-16"),
     b"<VAST xsi:type='t'><Error>&eacute;</Error></VAST> and more",
     b'<VideoAdServingTemplate version="1.0"><Ad/></VideoAdServingTemplate>',
 )
-"""What mutations begin with: well-formed, and each in need of a different repair."""
+"""What mutations begin with: some are well-formed, others need a repair."""
 
 
 @st.composite
@@ -78,7 +83,8 @@ def _level(draw: st.DrawFn, name: str, *, wrapper: bool) -> str:
     kind = "Wrapper" if wrapper else "InLine"
     tag = f"<VASTAdTagURI>u:{name}</VASTAdTagURI>" if wrapper else "<AdTitle>t</AdTitle>"
     start = f'<VAST version="{version}"' + (f' xmlns="{IAB}">' if spaced else ">")
-    return f'{start}<Ad id="{name}"><{kind}>{tag}{body}</{kind}></Ad></VAST>'
+    root = _several(draw, f"{name}/root", "<Error>{}</Error>")
+    return f'{start}{root}<Ad id="{name}"><{kind}>{tag}{body}</{kind}></Ad></VAST>'
 
 
 def _body(draw: st.DrawFn, name: str, *, wrapper: bool) -> str:

@@ -242,9 +242,7 @@ async def test_document_at_hand(server: AdServer, client: AiohttpClient) -> None
     """With a document at hand the upstream is not asked, and the chain goes on from there."""
     server.replies["/one"] = an_inline("one")
     session = a_session(client, server)
-    resolution = await VastChainResolver().resolve(
-        session, document=a_wrapper(server.url("/one"))
-    )
+    resolution = await VastChainResolver().resolve(session, document=a_wrapper(server.url("/one")))
 
     assert ["one"] == ids(resolution)
     assert [] == server.seen("/entry")

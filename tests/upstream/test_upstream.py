@@ -138,8 +138,8 @@ def test_session_parameters_are_not_doubled(make: Make) -> None:
         "http://a.example/x?correlator=old&xtimestamp=1", session_params=("correlator", "timestamp")
     )
 
-    assert (
-        "http://a.example/x?correlator=77&xtimestamp=1&timestamp=1800000000000" == entry(upstream)
+    assert "http://a.example/x?correlator=77&xtimestamp=1&timestamp=1800000000000" == entry(
+        upstream
     )
 
 
@@ -156,7 +156,9 @@ def test_rest_is_appended_to_the_path(make: Make) -> None:
     """What the route's path went on with is appended to the endpoint's path, byte for byte."""
     upstream = make("http://a.example/vast/?k=1")
 
-    assert "http://a.example/vast/a%2Fb/c;d?k=1" == entry(upstream, AdRequest("/", rest="a%2Fb/c;d"))
+    assert "http://a.example/vast/a%2Fb/c;d?k=1" == entry(
+        upstream, AdRequest("/", rest="a%2Fb/c;d")
+    )
 
 
 def test_rest_is_put_where_the_endpoint_wants_it(make: Make) -> None:
@@ -260,7 +262,11 @@ async def test_entry_tells_of_the_device(server: AdServer, make: Make) -> None:
         first.values("X-More"),
     )
     assert ["TV"] == second.values("User-Agent")
-    assert [] == [*second.values("Authorization"), *second.values("X-Key"), *second.values("X-More")]
+    assert [] == [
+        *second.values("Authorization"),
+        *second.values("X-Key"),
+        *second.values("X-More"),
+    ]
     assert ["192.0.2.1"] * 2 == [each.header("X-Device-IP") for each in server.requests]
 
 
@@ -294,7 +300,7 @@ async def test_redirects_are_followed(server: AdServer, make: Make) -> None:
         server.replies[f"/r/{number}"] = Reply(status=status, headers=location)
     server.replies["/r/5"] = b"there"
     upstream = make(server.url("/r/0"))
-    exchanges: list[Exchange] = []
+    exchanges = list[Exchange]()
     fetched = await upstream.fetch(a_session(upstream), server.url("/r/0"), exchanges)
 
     assert (b"there", server.url("/r/5?x=[Y]&a=%2f")) == (fetched.reply.body, fetched.url)
@@ -306,7 +312,7 @@ async def test_too_many_redirects(server: AdServer, make: Make) -> None:
     """A redirect to itself ends, with the code for wrappers, and every request is logged."""
     server.fallback = Reply(status=302, headers=(("Location", "/a"),))
     upstream = make(server.url("/a"))
-    exchanges: list[Exchange] = []
+    exchanges = list[Exchange]()
     with pytest.raises(RedirectError, match="more than 10"):
         await upstream.fetch(a_session(upstream), server.url("/a"), exchanges)
 
@@ -342,7 +348,7 @@ async def test_redirect_of_a_trusted_endpoint_is_not_trusted(server: AdServer, m
 async def test_hop_may_not_reach_a_private_address(server: AdServer, make: Make) -> None:
     """A hop that was not configured passes the guard; the attempt is logged without a status."""
     upstream = make(server.url("/a"))
-    exchanges: list[Exchange] = []
+    exchanges = list[Exchange]()
     with pytest.raises(EgressBlockedError):
         await upstream.fetch(a_session(upstream), server.url("/a", address=HOSTS[1]), exchanges)
 
@@ -400,7 +406,7 @@ async def test_cookies_come_back(server: AdServer, make: Make) -> None:
         "/b": known,
     }
     upstream = make(server.url("/a"))
-    exchanges: list[Exchange] = []
+    exchanges = list[Exchange]()
     fetched = await upstream.fetch(a_session(upstream), server.url("/a"), exchanges)
 
     assert b"7" == fetched.reply.body
@@ -426,7 +432,7 @@ async def test_cookies_off(server: AdServer, make: Make) -> None:
     server.replies["/a"] = Reply(b"", headers=(("Set-Cookie", "uid=7; Path=/"),))
     upstream = make(server.url("/a"), cookies="off")
     session = a_session(upstream)
-    exchanges: list[Exchange] = []
+    exchanges = list[Exchange]()
     for _ in range(2):
         await upstream.fetch(session, server.url("/a"), exchanges)
 

@@ -41,8 +41,36 @@ CHANGED = (
 
 _ON_THE_WIRE = re.compile("[!-~]+")
 _PIECES = (
-    *("http://", "https:", "//", "/", "?", "#", "@", ":", "[", "]", "%", "%2F", "\\", ";", "..", "&"),
-    *("a.example", "127.0.0.1", "[::1]", "８０", "\uff11", "ü", "\u3002", "\xad", "\u200d", "xn--"),
+    *(
+        "http://",
+        "https:",
+        "//",
+        "/",
+        "?",
+        "#",
+        "@",
+        ":",
+        "[",
+        "]",
+        "%",
+        "%2F",
+        "\\",
+        ";",
+        "..",
+        "&",
+    ),
+    *(
+        "a.example",
+        "127.0.0.1",
+        "[::1]",
+        "\uff18\uff10",
+        "\uff11",
+        "ü",
+        "\u3002",
+        "\xad",
+        "\u200d",
+        "xn--",
+    ),
     *(" ", "\t", "\n", "\x00", "\x7f", "\ud800", '"', "<", "{x}", "[X]", "99999", "0", "-"),
 )
 NEARLY_URLS = st.lists(st.sampled_from(_PIECES) | st.text(max_size=3), max_size=8).map("".join)
@@ -170,9 +198,11 @@ def test_quoting_twice_changes_nothing(url: str) -> None:
 def test_joining_gives_text_or_refuses(base: str, location: str) -> None:
     """Any redirect gives a URL, whatever it is, or is refused."""
     try:
-        assert "" != joined(f"http://a.example/{base}", location)
-    except RedirectError as refusal:
-        assert refusal.vast_code == 300
+        url = joined(f"http://a.example/{base}", location)
+    except RedirectError:
+        return
+
+    assert "" != url
 
 
 @pytest.mark.parametrize(

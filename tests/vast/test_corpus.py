@@ -119,7 +119,7 @@ def test_schema(wrapper: Path, inline: Path) -> None:
 
 @pairs()
 def test_vastlint(wrapper: Path, inline: Path) -> None:
-    """vastlint finds no rule broken in the answer that is not broken in a document of the chain."""
+    """Vastlint finds no rule broken in the answer that is not broken in a document of the chain."""
     documents = [wrapper.read_bytes(), inline.read_bytes()]
     known = {issue.id for each in documents for issue in vastlint.validate(each).issues}
     found = {issue.id for issue in vastlint.validate(chained(*documents)).issues}

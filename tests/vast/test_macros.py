@@ -143,7 +143,10 @@ def test_left_alone(url: str) -> None:
 @pytest.mark.parametrize(
     ("filled", "url"),
     [
-        ("http://42/42?42=42#42", "http://[CORRELATOR]/[CORRELATOR]?[CORRELATOR]=[CORRELATOR]#[CORRELATOR]"),
+        (
+            "http://42/42?42=42#42",
+            "http://[CORRELATOR]/[CORRELATOR]?[CORRELATOR]=[CORRELATOR]#[CORRELATOR]",
+        ),
         ("4242", "[CORRELATOR][CORRELATOR]"),
         ("[42]", "[[CORRELATOR]]"),
         ("http://x/?a=42&b=42", "http://x/?a=%5BCORRELATOR%5D&b=%5bCORRELATOR%5d"),
@@ -255,7 +258,12 @@ def test_encoded_values() -> None:
 
 @pytest.mark.parametrize(
     ("encoded", "value"),
-    [("a%20b", "a b"), ("%2F%3F%26%3D%2B%25", "/?&=+%"), ("-_.!~*'()", "-_.!~*'()"), ("%C3%A9", "é")],
+    [
+        ("a%20b", "a b"),
+        ("%2F%3F%26%3D%2B%25", "/?&=+%"),
+        ("-_.!~*'()", "-_.!~*'()"),
+        ("%C3%A9", "é"),
+    ],
 )
 def test_encode(encoded: str, value: str) -> None:
     """Values are encoded as encodeURIComponent does it."""
@@ -349,7 +357,8 @@ def test_unknown_names(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["%5BTIMESTAMP%5D", "[TIMESTAMP]", "[", "%5B", "%", "[A", "[timestamp", "?%5BIFA%5D", "{{"]
+    "unit",
+    ["%5BTIMESTAMP%5D", "[TIMESTAMP]", "[", "%5B", "%", "[A", "[timestamp", "?%5BIFA%5D", "{{"],
 )
 def test_time_is_linear(unit: str) -> None:
     """A URL of 128 KiB is filled in well under a second of work."""

@@ -11,8 +11,9 @@ from tests.support.script import ENTRY, chained, served, unwrapped, written
 from tests.support.trees import grow, misfits
 from tests.support.vast_facts import IAB, faults
 from tests.support.vast_strategies import Chain, chains
+from vastproxy.errors import VastSchemaError
 from vastproxy.vast.document import text_of
-from vastproxy.vast.merge import base_of, merge
+from vastproxy.vast.merge import MAX_PLACED, base_of, merge
 from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import Unwrapper
 
@@ -90,9 +91,7 @@ def test_empty_trackers() -> None:
 
 def test_equal_urls() -> None:
     """Equal URLs are counted as often as they stand there."""
-    inline = merged(
-        "<Impression>a</Impression>" * 2, f"<Impression>a</Impression>{linear(MEDIA)}"
-    )
+    inline = merged("<Impression>a</Impression>" * 2, f"<Impression>a</Impression>{linear(MEDIA)}")
 
     assert ["a"] * 3 == texts(inline, "Impression")
 
@@ -127,9 +126,25 @@ def test_errors_of_the_last_root() -> None:
     assert [] == texts(etree.fromstring(answer), "Error")
 
 
+def test_errors_of_a_mixed_root() -> None:
+    """So do an InLine and a wrapper of one document; told of each ad, they leave the root."""
+    ads = (
+        '<Ad sequence="1"><Wrapper><VASTAdTagURI>u:1</VASTAdTagURI></Wrapper></Ad>'
+        f'<Ad sequence="2"><InLine>{linear(MEDIA)}</InLine></Ad>'
+    )
+    entry = f'<VAST version="4.2"><Error>root</Error>{ads}</VAST>'.encode()
+    inner = document("InLine", linear(MEDIA)).encode()
+    answer = etree.fromstring(written(unwrapped(entry, ENTRY, lambda url: (inner, url))))
+
+    assert [["root"]] * 2 == [texts(each, "Error") for each in answer.iterfind("Ad/InLine")]
+    assert [] == texts(answer, "Error")
+
+
 def test_viewable_impression() -> None:
     """The URIs of all levels stand in one ViewableImpression, which keeps the InLine's id."""
-    view = "<ViewableImpression id='{0}'><Viewable>{0}</Viewable><{1}>{0}</{1}></ViewableImpression>"
+    view = (
+        "<ViewableImpression id='{0}'><Viewable>{0}</Viewable><{1}>{0}</{1}></ViewableImpression>"
+    )
     inline = merged(
         view.format("o", "NotViewable"),
         view.format("i", "ViewUndetermined") + linear(MEDIA),
@@ -219,7 +234,9 @@ def test_clicks(kind: str) -> None:
 )
 def test_click_through(kept: str, levels: tuple[str | None, ...]) -> None:
     """One landing page is left: the one closest to the InLine that says where it is."""
-    written_ = [linear(MEDIA) if each is None else clicks_of("ClickThrough", each) for each in levels]
+    written_ = [
+        linear(MEDIA) if each is None else clicks_of("ClickThrough", each) for each in levels
+    ]
 
     assert [kept] == texts(merged(*written_), ".//ClickThrough")
 
@@ -239,7 +256,9 @@ def test_click_through_of_several_linears() -> None:
 
 def test_what_only_an_inline_has() -> None:
     """A wrapper's media, parameters, duration and skip offset are dropped."""
-    theirs = "<Duration>00:00:01</Duration><AdParameters>o</AdParameters><MediaFiles><o/></MediaFiles>"
+    theirs = (
+        "<Duration>00:00:01</Duration><AdParameters>o</AdParameters><MediaFiles><o/></MediaFiles>"
+    )
     wrapper_ = linear(theirs).replace("<Linear>", "<Linear skipoffset='00:00:01'>")
     inline = merged(wrapper_, linear(MEDIA))
 
@@ -276,7 +295,8 @@ def test_attributes_of_the_ad() -> None:
 
 def test_icons() -> None:
     """Of a program the icon closest to the InLine is left; icons without program all stay."""
-    icons = "<Icons><Icon program='p'>{0}p</Icon><Icon program='{0}'>{0}</Icon><Icon>{0}n</Icon></Icons>"
+    of_programs = "<Icon program='p'>{0}p</Icon><Icon program='{0}'>{0}</Icon>"
+    icons = f"<Icons>{of_programs}<Icon>{{0}}n</Icon></Icons>"
     inline = merged(*(linear(icons.format(each)) for each in "omi"))
 
     assert ["o", "on", "m", "mn", "ip", "i", "in"] == texts(inline, ".//Icons/Icon")
@@ -354,7 +374,9 @@ def test_creative_of_companions(ids: list[tuple[str, str | None]], version: str)
     assert ids == found
 
 
-@pytest.mark.parametrize(("size", "told"), [("0", [1, 1]), ("", [1, 1]), ("2", [0, 1]), ("7", [0, 0])])
+@pytest.mark.parametrize(
+    ("size", "told"), [("0", [1, 1]), ("", [1, 1]), ("2", [0, 1]), ("7", [0, 0])]
+)
 def test_companions_without_a_resource(size: str, told: list[int]) -> None:
     """Their trackers go to the companions of their size; to all where they have none."""
     click = "<CompanionClickTracking>o</CompanionClickTracking>"
@@ -415,7 +437,12 @@ def test_place_of_verifications(place: str, version: str) -> None:
         (1, VENDOR.format("v", "r")),
         (2, VENDOR.format("v", "other")),
         (2, VENDOR.format("other", "r")),
-        (2, VENDOR.format("v", "r").replace("</Ver", "<VerificationParameters>p</VerificationParameters></Ver")),
+        (
+            2,
+            VENDOR.format("v", "r").replace(
+                "</Ver", "<VerificationParameters>p</VerificationParameters></Ver"
+            ),
+        ),
     ],
 )
 def test_equal_verifications(left: int, other: str) -> None:
@@ -426,7 +453,9 @@ def test_equal_verifications(left: int, other: str) -> None:
     assert left == len(list(inline.iter("Verification")))
 
 
-@pytest.mark.parametrize("outer", ["", ' xmlns:xs="http://www.w3.org/2001/XMLSchema"', f' xmlns="{IAB}"'])
+@pytest.mark.parametrize(
+    "outer", ["", ' xmlns:xs="http://www.w3.org/2001/XMLSchema"', f' xmlns="{IAB}"']
+)
 @pytest.mark.parametrize("inner", ["", ' xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance"'])
 def test_equal_verifications_of_unlike_roots(outer: str, inner: str) -> None:
     """What prefixes the roots declare makes no difference between equal Verifications."""
@@ -440,7 +469,8 @@ def test_equal_verifications_of_unlike_roots(outer: str, inner: str) -> None:
 
 def test_extensions() -> None:
     """Extensions of all levels stand in one Extensions element, each as it was."""
-    outer = '<Extensions><Extension type="t" a="b">x<y z="1"><![CDATA[<&>]]></y></Extension></Extensions>'
+    extension = '<Extension type="t" a="b">x<y z="1"><![CDATA[<&>]]></y></Extension>'
+    outer = f"<Extensions>{extension}</Extensions>"
     inline = merged(outer, outer.replace('"t"', '"m"'), f"{outer}{linear(MEDIA)}")
     (all_of_them,) = inline.iter("Extensions")
 
@@ -450,8 +480,12 @@ def test_extensions() -> None:
 
 def test_creative_extensions() -> None:
     """A wrapper's CreativeExtensions are dropped: they speak of a creative of its own."""
-    theirs = "<Creatives><Creative><CreativeExtensions><o/></CreativeExtensions></Creative></Creatives>"
-    own = linear(MEDIA).replace("</Linear>", "</Linear><CreativeExtensions><i/></CreativeExtensions>")
+    theirs = (
+        "<Creatives><Creative><CreativeExtensions><o/></CreativeExtensions></Creative></Creatives>"
+    )
+    own = linear(MEDIA).replace(
+        "</Linear>", "</Linear><CreativeExtensions><i/></CreativeExtensions>"
+    )
     (left,) = merged(theirs, own).iter("CreativeExtensions")
 
     assert ["i"] == names(left)
@@ -463,7 +497,9 @@ def test_creative_extensions() -> None:
 )
 def test_pricing(price: str, levels: str) -> None:
     """The price of the outermost wrapper that has one replaces all others."""
-    told = [f"<Pricing>{each}</Pricing>" if each != " " else "<Pricing> </Pricing>" for each in levels]
+    told = [
+        f"<Pricing>{each}</Pricing>" if each != " " else "<Pricing> </Pricing>" for each in levels
+    ]
     told[-1] = told[-1].replace("<Pricing> </Pricing>", "") + linear(MEDIA)
 
     assert [price] == texts(merged(*told), "Pricing")
@@ -536,9 +572,7 @@ def test_pod_behind_a_wrapper() -> None:
     """Each ad of a pod gets all that the wrapper brings, and none shares it with another."""
     entry = document("Wrapper", f"<Impression>o</Impression>{clicks_of('ClickTracking', 'o')}")
     entry = entry.replace("<Wrapper>", '<Wrapper allowMultipleAds="true">')
-    ads = "".join(
-        f'<Ad sequence="{n}"><InLine>{linear(MEDIA)}</InLine></Ad>' for n in (1, 2, 3)
-    )
+    ads = "".join(f'<Ad sequence="{n}"><InLine>{linear(MEDIA)}</InLine></Ad>' for n in (1, 2, 3))
     answer = chained(entry, f'<VAST version="4.2">{ads}</VAST>')
     found = [
         (texts(each, "Impression"), texts(each, ".//ClickTracking"))
@@ -565,13 +599,35 @@ def test_notes() -> None:
     assert Counter({"MediaFiles": 1, "ClickThrough": 1}) == +note.dropped
 
 
+def test_too_many_trackers() -> None:
+    """Trackers times creatives are counted first, and past a limit it is an error."""
+    creatives = "<Creative><Linear/></Creative>" * 100
+    inner = document("InLine", f"<Creatives>{creatives}</Creatives>")
+    event = "<Tracking event='start'>o</Tracking>"
+
+    def outer(count: int) -> str:
+        return document("Wrapper", linear(f"<TrackingEvents>{event * count}</TrackingEvents>"))
+
+    assert MAX_PLACED == len(
+        list(inline_of(chained(outer(MAX_PLACED // 100), inner)).iter("Tracking"))
+    )
+    with pytest.raises(VastSchemaError, match=str(MAX_PLACED)):
+        chained(outer(MAX_PLACED // 100 + 1), inner)
+
+
 def test_base() -> None:
     """The answer's root is that of the newest InLine."""
-    ads = "".join(f'<Ad sequence="{n}"><Wrapper><VASTAdTagURI>u:{n}</VASTAdTagURI></Wrapper></Ad>' for n in (1, 2))
+    ads = "".join(
+        f'<Ad sequence="{n}"><Wrapper><VASTAdTagURI>u:{n}</VASTAdTagURI></Wrapper></Ad>'
+        for n in (1, 2)
+    )
     result = unwrapped(
         f"<VAST>{ads}</VAST>".encode(),
         ENTRY,
-        lambda url: (document("InLine", linear(), version={"u:1": "4.1", "u:2": "4.2"}[url]).encode(), url),
+        lambda url: (
+            document("InLine", linear(), version={"u:1": "4.1", "u:2": "4.2"}[url]).encode(),
+            url,
+        ),
     )
 
     assert (4, 2) == base_of(result).version

@@ -114,7 +114,11 @@ def test_accepted(name: str) -> None:
         (VastSchemaError, 101, b"<rss version='2.0'><channel/></rss>"),
         (VastSchemaError, 101, b"".join(b"<a>" for _ in range(255)) + b"</a>" * 255),
         (VastVersionError, 102, b"<VideoAdServingTemplate/>"),
-        (VastVersionError, 102, b"<VideoAdServingTemplate version='4.2'><a>&</a></VideoAdServingTemplate>"),
+        (
+            VastVersionError,
+            102,
+            b"<VideoAdServingTemplate version='4.2'><a>&</a></VideoAdServingTemplate>",
+        ),
     ],
 )
 def test_other_roots(error: type[VastError], code: int, data: bytes) -> None:

@@ -535,7 +535,7 @@ class Route(Settings):
         5, "How many wrappers may follow one another; 0 to 20."
     )
     max_fetches: Count = _setting(
-        100, "How many documents the wrappers of one upstream's answer may cause to be fetched."
+        100, "How many documents one ad request may fetch, those of all its upstreams together."
     )
     standalone_ads: Count = _setting(
         1, "How many ads are wanted of a document that offers several without a sequence."

@@ -138,7 +138,7 @@ class AdServer:
         deadline = (request.received or clock()) + route.deadline
         viewer = viewer_of(route, request)
         for upstream in route.upstreams:
-            if deadline - clock() < WORTH_ASKING:
+            if deadline - clock() < WORTH_ASKING or trace.begun >= route.policy.max_fetches:
                 return
             facts = _facts(route, request, viewer, upstream, deadline)
             yield self._factory.create_session(

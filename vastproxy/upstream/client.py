@@ -185,7 +185,8 @@ def _mapped(error: Exception) -> UpstreamError:
     # Addresses refused for unlike reasons arrive as one error that has lost its type.
     if str(EgressRefused("")) in str(cause):
         return EgressBlockedError(str(cause))
-    return UpstreamError(f"{type(error).__name__}: {error}"[:300])
+    words = " ".join(str(error).split())
+    return UpstreamError(f"{type(error).__name__}: {words}"[:300])
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -6,7 +6,7 @@ What goes on and what stops is decided in :mod:`vastproxy.vast.unwrap`; here is 
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from vastproxy.errors import NoAdError, UpstreamError, UpstreamStatusError, VastError
@@ -107,7 +107,8 @@ class VastChainResolver:
         self, session: VastSession, document: VastDocument, url: str = "", number: int | None = None
     ) -> Resolution:
         """Follow the wrappers of a *document* that came from *url*, as hop *number*."""
-        unwrapper = Unwrapper(document, url, self.policy)
+        left = max(0, self.policy.max_fetches - session.trace.begun)
+        unwrapper = Unwrapper(document, url, replace(self.policy, max_fetches=left))
         await _Run(session, unwrapper, number).follow()
         return Resolution(unwrapper.result())
 

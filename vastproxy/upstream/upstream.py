@@ -92,7 +92,7 @@ class VastUpstream:
         look = lookup(facts.ad_request, facts.viewer)
         url = settings.endpoint.render(look, encode)
         if facts.ad_request.rest and not settings.endpoint.uses_rest:
-            url = _with_rest(url, facts.ad_request.rest)
+            url = _with_rest(url, _safe_rest(facts.ad_request.rest))
         pairs = [f"{encode(k)}={encode(each.render(look, str))}" for k, each in settings.params]
         pairs += [f"{encode(k)}={encode(str(v))}" for k, v in (params or {}).items()]
         url = extended(
@@ -283,7 +283,7 @@ def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
             case "client_ip":
                 return request.device.ip
             case "rest":
-                return request.rest
+                return _safe_rest(request.rest)
 
     return look
 
@@ -292,6 +292,11 @@ def _is_listed(name: str, pattern: str) -> bool:
     """Whether a host is the one of *pattern*, or below it (``*.example.com``)."""
     wanted = pattern.lower()
     return name.endswith(wanted[1:]) if wanted.startswith("*.") else name == wanted
+
+
+def _safe_rest(rest: str) -> str:
+    """Keep *rest* in the path: what would begin a query or a fragment is encoded."""
+    return rest.replace("?", "%3F").replace("#", "%23")
 
 
 def _with_rest(url: str, rest: str) -> str:

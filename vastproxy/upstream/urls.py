@@ -19,6 +19,7 @@ _NOT_ON_THE_WIRE = re.compile('[\x00-\x20"<>\x7f-\U0010ffff]')
 # Browsers drop these wherever they stand in a URL (WHATWG URL Standard, section 4.4).
 _LINE_BREAKS = re.compile("[\t\r\n]")
 _PARTS = re.compile(r"(?i:(https?)):/{0,2}([^/?#\\]*)([^#]*)")
+_HOST = re.compile(r"[A-Za-z0-9._~%:!$&'()*+,;=-]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -73,11 +74,13 @@ def _authority(text: str, default_port: int) -> tuple[str, str, int]:
         host, port = parsed.raw_host, parsed.explicit_port
     except ValueError as error:
         raise RedirectError(f"no usable host in {text[:80]!r}: {error}") from None
-    if not host:
+    if not host or not _HOST.fullmatch(host):
         raise RedirectError(f"no host in {text[:80]!r}")
     bracketed = f"[{host}]" if ":" in host else host
     user, at, _ = text.rpartition("@")
-    sent = f"{user}{at}{bracketed}" + (f":{port}" if port is not None else "")
+    sent = f"{_NOT_ON_THE_WIRE.sub(_quoted, user)}{at}{bracketed}" + (
+        f":{port}" if port is not None else ""
+    )
     return sent, bracketed.lower(), port if port is not None else default_port
 
 

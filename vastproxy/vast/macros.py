@@ -33,6 +33,9 @@ class Context(Flag):
 _R, _T = Context.REQUEST, Context.TRACKING
 _RT = _R | _T
 
+MAX_URL = 16 * 1024
+"""Characters of a URL that is looked into. No server takes longer ones; aiohttp's takes half."""
+
 UNKNOWN = "-1"
 NOT_SHARED = "-2"
 
@@ -179,7 +182,6 @@ DEFAULT_SPELLINGS = ("encoded", "lowercase")
 _BRACKETED = r"\[([A-Z][A-Z0-9_]{2,31})\]"
 _ENCODED = r"%5[Bb]([A-Z][A-Z0-9_]{2,31})%5[Dd]"
 _NESTED = re.compile(r"%3a%2f%2f|://", re.IGNORECASE)
-_PARAMETER_START = re.compile(r"[?&;]")
 
 
 def encode(value: str) -> str:
@@ -289,7 +291,7 @@ class Macros:
         missing: bool,
         only: Container[str] | None = None,
     ) -> str:
-        if "[" not in url and "%" not in url and not how.aliases:
+        if len(url) > MAX_URL or ("[" not in url and "%" not in url and not how.aliases):
             return url
 
         def replaced(match: re.Match[str]) -> str:
@@ -319,7 +321,7 @@ def _is_nested(url: str, at: int) -> bool:
     Its server decodes once and hands on: a value put in here would have to be encoded once more.
     So it is left alone (docs/vast.md).
     """
-    start = max(url.rfind("?", 0, at), url.rfind("&", 0, at), url.rfind(";", 0, at))
+    start = max(url.find("?", 0, at), url.rfind("&", 0, at), url.rfind(";", 0, at))
     return start >= 0 and _NESTED.search(url, start, at) is not None
 
 

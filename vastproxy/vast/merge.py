@@ -169,7 +169,8 @@ def _material(wrapper: Ad) -> _Material:
         if collect is not None:
             collect(found, each)
     # A document's own <Error>s speak for the ads in it (docs/vast.md).
-    found.errors = _with_text(wrapper.document.error_elements) + found.errors
+    roots = [deepcopy(each) for each in _with_text(wrapper.document.error_elements)]
+    found.errors = roots + found.errors
     return found
 
 

@@ -16,6 +16,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterator
 from html.entities import html5
+from xml.sax.saxutils import escape
 
 from lxml import etree
 
@@ -69,11 +70,14 @@ _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _NOT_BYTEWISE = frozenset({"utf-16", "utf-16le", "utf-16be", "utf-16-le", "utf-16-be", "unicode"})
 
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
-_AMPERSAND = re.compile(r"&(?:#(?:[0-9]{1,7}|[xX][0-9a-fA-F]{1,6});|([A-Za-z][A-Za-z0-9]{0,31});)?")
+_BARE_AMPERSAND = re.compile(r"&(?!#[0-9]{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{0,31};)")
+_NAMED_ENTITY = re.compile(r"&([A-Za-z][A-Za-z0-9]{0,31});")
 _XML_ENTITIES = frozenset({"amp", "lt", "gt", "quot", "apos"})
 _PREFIX_USED = re.compile(r"[<\s]/?([A-Za-z_][\w.-]{0,63}):[A-Za-z_]")
 _PREFIX_DECLARED = re.compile(r"xmlns:([A-Za-z_][\w.-]{0,63})\s*=")
-_ROOT_END = re.compile(r"</(?:[A-Za-z_][\w.-]{0,63}:)?(?:VAST|VideoAdServingTemplate)\s{0,9}>")
+_ROOT_TAG = re.compile(
+    r"<(/?)(?:[A-Za-z_][\w.-]{0,63}:)?(?:VAST|VideoAdServingTemplate)(?:\s[^<>]*?)?(/?)>"
+)
 _NAME = re.compile(r"<[^\s/>]{1,200}")
 _KNOWN_PREFIXES = {
     "xsi": "http://www.w3.org/2001/XMLSchema-instance",
@@ -156,7 +160,7 @@ def _decoded(data: bytes) -> tuple[bytes, tuple[str, ...]]:
     for start, encoding in ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be")):
         if data.startswith(start) and b"\0\0" not in data[:4]:
             return _without_declaration(_recoded(data, encoding)), ("UTF-16 without a mark",)
-    stripped = data.removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
+    stripped = data.lstrip(_BLANK).removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
     repairs = ("blanks before the document",) if data[:1] in (b" ", b"\t", b"\r", b"\n") else ()
     return _by_declaration(stripped, repairs)
 
@@ -284,28 +288,34 @@ def _strip_forbidden(text: str) -> str:
 
 
 def _end_at_root(text: str) -> str:
-    """Cut what follows the root element's end tag."""
-    at = 0
+    """Cut what follows the root element's end tag; a document inside it ends nothing."""
+    at = depth = 0
     for markup, part in _segments(text):
-        if markup and (match := _ROOT_END.search(part)):
-            return text[: at + match.end()]
+        for match in _ROOT_TAG.finditer(part) if markup else ():
+            depth += 0 if match[2] else -1 if match[1] else 1
+            if match[1] and depth <= 0:
+                return text[: at + match.end()]
         at += len(part)
     return text
 
 
 def _escape_ampersands(text: str) -> str:
     """Write a bare ``&`` as ``&amp;``, and HTML's named characters as themselves."""
-    return _in_markup(text, lambda part: _AMPERSAND.sub(_entity, part))
+    return _in_markup(text, _escape_part)
+
+
+def _escape_part(part: str) -> str:
+    # In two passes: a constant is put in much faster than what a function gives, and there may
+    # be half a million of them.
+    return _NAMED_ENTITY.sub(_entity, _BARE_AMPERSAND.sub("&amp;", part))
 
 
 def _entity(match: re.Match[str]) -> str:
     whole, name = match[0], match[1]
-    if whole == "&":
-        return "&amp;"
-    if name is None or name in _XML_ENTITIES:
+    if name in _XML_ENTITIES:
         return whole
     character = html5.get(name + ";")
-    return character if character is not None else "&amp;" + whole[1:]
+    return "&amp;" + whole[1:] if character is None else escape(character, {'"': "&quot;"})
 
 
 def _declare_prefixes(text: str) -> str:

@@ -5,8 +5,9 @@ CDATA sections, comments, foreign namespaces and unknown attributes are written 
 read. The XML declaration says UTF-8, and there is no byte order mark (docs/vast.md).
 """
 
-import re
 from collections.abc import Iterable
+from contextlib import suppress
+from xml.parsers import expat
 from xml.sax.saxutils import escape
 
 from lxml import etree
@@ -74,6 +75,9 @@ MEDIA_MACROS = frozenset({"TIMESTAMP", "CACHEBUSTING", "CORRELATOR", "TRANSACTIO
 """What is filled in the URLs of media files: no player does it there."""
 
 
+_FILLED = frozenset({"MediaFile", "VASTAdTagURI"})
+
+
 def fill_media(document: VastDocument, macros: Macros, how: Spelling) -> None:
     """Fill :data:`MEDIA_MACROS` in the media files of *document*."""
     for each in document.root.iter("{*}MediaFile"):
@@ -84,9 +88,6 @@ def fill_media(document: VastDocument, macros: Macros, how: Spelling) -> None:
             each.text = etree.CDATA(filled)
 
 
-_SPAN_START = re.compile(rb"<(?:[\w.-]{1,64}:)?(MediaFile|VASTAdTagURI)(?:\s[^<>]*)?>")
-
-
 def fill_spans(body: bytes, macros: Macros, how: Spelling) -> bytes:
     """
     Fill what is known in the media files and next addresses of *body*, and touch nothing else.
@@ -94,18 +95,48 @@ def fill_spans(body: bytes, macros: Macros, how: Spelling) -> bytes:
     *body* is a well-formed document in UTF-8. Values are percent-encoded, so they mean the same
     inside CDATA and outside.
     """
+    if b"[" not in body and b"%" not in body and not how.aliases:
+        return body
     parts = []
     done = 0
-    for match in _SPAN_START.finditer(body):
-        end = body.find(b"</", match.end())
-        if match.start() < done or end < 0:
-            continue
-        inner = body[match.end() : end]
-        only = MEDIA_MACROS if match[1] == b"MediaFile" else None
-        filled = macros.fill_known(inner.decode(), how, only).encode()
-        parts += [body[done : match.end()], filled]
+    for name, start, end in _spans(body):
+        only = MEDIA_MACROS if name == "MediaFile" else None
+        filled = macros.fill_known(body[start:end].decode(), how, only)
+        parts += [body[done:start], filled.encode()]
         done = end
     return b"".join([*parts, body[done:]])
+
+
+def _spans(body: bytes) -> list[tuple[str, int, int]]:
+    """Find the contents of the elements whose URLs are filled: name, first byte, byte behind."""
+    found: list[tuple[str, int, int]] = []
+    begun: list[str] = []
+    first: list[int] = []
+    # Whatever it declares, the document was read as UTF-8.
+    parser = expat.ParserCreate("utf-8")
+
+    def inside(*_: object) -> None:
+        if begun and not first:
+            first.append(parser.CurrentByteIndex)
+
+    def start(name: str, _: object) -> None:
+        inside()
+        if not begun and name.rpartition(":")[2] in _FILLED:
+            begun.append(name)
+
+    def end(name: str) -> None:
+        inside()
+        if begun and name == begun[0]:
+            found.append((name.rpartition(":")[2], first[0], parser.CurrentByteIndex))
+            begun.clear()
+            first.clear()
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler = parser.CommentHandler = inside
+    parser.StartCdataSectionHandler = parser.ProcessingInstructionHandler = inside
+    with suppress(expat.ExpatError):  # then what was found so far is filled
+        parser.Parse(body, True)  # noqa: FBT003 - expat's own signature
+    return [each for each in found if each[1] < each[2]]
 
 
 def to_bytes(document: VastDocument) -> bytes:

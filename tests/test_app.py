@@ -1,0 +1,221 @@
+"""The running proxy: what is opened together is closed in reverse, also when it could not start."""
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+
+from tests.support.ad_server import AdServer, Received, Reply
+from tests.support.documents import a_wrapper, an_inline
+from tests.support.proxy import ROOT, a_config
+from vastproxy.app import Proxy, egress_policy, served
+from vastproxy.config.load import loads
+from vastproxy.config.schema import Config
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[AdServer]:
+    """Run an ad server with an ad."""
+    async with AdServer({"/one": an_inline()}) as running:
+        yield running
+
+
+def a_server_config(server: AdServer, listen: object, **settings: Any) -> Config:
+    """Build a config with one route that listens at *listen*."""
+    found = a_config(
+        {"main": server.url("/one")},
+        [{"path": "/ad", "upstreams": ["main"]}],
+        server={"listen": listen, "admin": None, **settings},
+    )
+    return loaded(found)
+
+
+def loaded(config: Mapping[str, Any]) -> Config:
+    """Read *config* as if it stood in a file."""
+    return loads(yaml.safe_dump(dict(config)), source="config.yaml", environ={})
+
+
+async def ask(socket_path: Path, path: str = "/ad") -> tuple[int, bytes]:
+    """Ask for *path* over a Unix socket."""
+    connector = aiohttp.UnixConnector(str(socket_path))
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(f"http://localhost{path}") as reply,
+    ):
+        return reply.status, await reply.read()
+
+
+async def test_unix_socket(server: AdServer, tmp_path: Path) -> None:
+    """Players may ask over a Unix socket, and operators over another."""
+    config = a_server_config(server, f"unix:{tmp_path}/players", admin=f"unix:{tmp_path}/operators")
+    async with served(config) as running:
+        status, body = await ask(tmp_path / "players")
+        ready = await ask(tmp_path / "operators", "/readyz")
+
+    assert 200 == status
+    assert b'<Ad id="ad"' in body
+    assert 200 == ready[0]
+    assert "<Proxy <Router ['/ad']> draining>" == repr(running)
+
+
+async def test_unix_socket_is_trusted(server: AdServer, tmp_path: Path) -> None:
+    """Who may open the socket is believed: a sidecar tells of the device."""
+    async with served(a_server_config(server, f"unix:{tmp_path}/s")):
+        connector = aiohttp.UnixConnector(f"{tmp_path}/s")
+        headers = {"X-Device-IP": "192.0.2.1"}
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+            await session.get("http://localhost/ad")
+
+    assert "192.0.2.1" == server.requests[0].header("X-Device-IP")
+
+
+async def test_stale_socket_is_replaced(server: AdServer, tmp_path: Path) -> None:
+    """A socket that a killed process left behind does not stop the start."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    async with served(a_server_config(server, f"unix:{path}")):
+        assert 200 == (await ask(path))[0]
+
+
+async def test_file_is_not_replaced(server: AdServer, tmp_path: Path) -> None:
+    """A file that is no socket is not removed for one."""
+    path = tmp_path / "data"
+    path.write_text("precious")
+    with pytest.raises(OSError, match=r"data|in use|exist"):
+        async with served(a_server_config(server, f"unix:{path}")):
+            pass
+
+    assert "precious" == path.read_text()
+
+
+async def test_failed_start_closes_what_was_open(server: AdServer, tmp_path: Path) -> None:
+    """Where the second listener cannot open, the first is closed, and nothing is left running."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listen = [f"unix:{tmp_path}/s", f"127.0.0.1:{port}"]
+        config = a_server_config(server, listen, admin=f"unix:{tmp_path}/a")
+        with pytest.raises(OSError, match=str(port)):
+            async with served(config):
+                pass
+
+    for name in ("s", "a"):
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await ask(tmp_path / name)
+    # What runs besides this test is the ad server's.
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert not any("report" in name for name in names)
+
+
+async def test_leaving_ends_everything(server: AdServer, tmp_path: Path) -> None:
+    """After leaving nobody listens, and no connection to an ad server is open."""
+    async with served(a_server_config(server, f"unix:{tmp_path}/s")):
+        await ask(tmp_path / "s")
+        connections = list(server._open)
+
+    _, still_open = await asyncio.wait(connections, timeout=5)
+    assert 1 == len(connections)
+    assert set() == still_open
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await ask(tmp_path / "s")
+
+
+async def test_reports_are_flushed(server: AdServer, tmp_path: Path) -> None:
+    """A report that is under way when the proxy ends is sent to its end."""
+    gate = asyncio.Event()
+
+    async def later(_: Received) -> bytes:
+        gate.set()
+        await asyncio.sleep(0.05)
+        return b""
+
+    dead = a_wrapper(server.url("/gone"), errors=[server.url("/error")])
+    server.replies |= {"/one": dead, "/error": later}
+    running: Proxy
+    async with served(a_server_config(server, f"unix:{tmp_path}/s")) as running:
+        await ask(tmp_path / "s")
+        await gate.wait()
+
+    assert (1, 0) == (running.reporter.sent, running.reporter.failed)
+
+
+async def test_draining_is_not_ready(server: AdServer, tmp_path: Path) -> None:
+    """While a request in flight ends, the operator's side says that no more should come."""
+    server.replies["/one"] = Reply(an_inline(), delay=0.3)
+    config = a_server_config(server, f"unix:{tmp_path}/s", admin=f"unix:{tmp_path}/a")
+    async with asyncio.TaskGroup() as group:
+        async with served(config):
+            asked = group.create_task(ask(tmp_path / "s"))
+            await server.wait_seen("/one")
+            ready = group.create_task(_after_signal(tmp_path / "a"))
+        assert asked.done()
+
+    assert 503 == ready.result()
+    assert 200 == asked.result()[0]
+
+
+async def _after_signal(path: Path) -> int:
+    """Give the readiness as soon as it is not 200."""
+    while (status := (await ask(path, "/readyz"))[0]) == 200:
+        pass
+    return status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_ends_the_process(
+    server: AdServer, tmp_path: Path, number: signal.Signals
+) -> None:
+    """SIGTERM, and Ctrl-C too, end the process with code 0, without a traceback."""
+    path = tmp_path / "config.yaml"
+    found = a_config(
+        {"main": server.url("/one")},
+        [{"path": "/ad", "upstreams": ["main"]}],
+        server={"listen": f"unix:{tmp_path}/s", "admin": None},
+        log={"format": "json"},
+    )
+    path.write_text(yaml.safe_dump(found))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vastproxy", "serve", "-c", str(path)),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    lines = [await process.stderr.readline()]
+    answer = await ask(tmp_path / "s")
+    process.send_signal(number)
+    lines += (await process.stderr.read()).splitlines()
+
+    assert 0 == await process.wait()
+    assert 200 == answer[0]
+    assert all(b"Traceback" not in line for line in lines)
+    assert b'"event": "listening"' in lines[0]
+    assert b'"event": "stopped"' in lines[-1]
+
+
+def test_policy_of_a_config() -> None:
+    """The guard has the config's networks, ports and the proxy's own public name."""
+    found = a_config(
+        {"main": "http://a.example/"},
+        [{"path": "/ad", "upstreams": ["main"]}],
+        server={"public_url": "https://Ads.example:8443/vast"},
+    )
+    found["egress"] |= {"ports": [443], "nat64": True}
+    policy = egress_policy(loaded(found))
+
+    assert (ip_network("127.0.0.0/8"),) == policy.allow
+    assert (frozenset({443}), True) == (policy.ports, policy.nat64)
+    assert policy.url_problem("https://ads.example/") is not None
+    assert policy.url_problem("https://other.example/") is None
