@@ -137,6 +137,7 @@ async def test_reports_are_flushed(server: AdServer, tmp_path: Path) -> None:
     gate = asyncio.Event()
 
     async def later(_: Received) -> bytes:
+        """Take a while."""
         gate.set()
         await asyncio.sleep(0.05)
         return b""

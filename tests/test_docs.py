@@ -140,7 +140,9 @@ def test_readme_is_short() -> None:
     assert 10 < len(TEXTS[README].splitlines()) < MAX_README
 
 
-@pytest.mark.parametrize(("page", "link"), links(), ids=str)
+@pytest.mark.parametrize(
+    ("page", "link"), links(), ids=[f"{page.name}-{link}" for page, link in links()]
+)
 def test_link_leads_somewhere(page: Path, link: str) -> None:
     """Links between pages lead to files, and to headings, that exist."""
     path, _, anchor = link.partition("#")

@@ -112,7 +112,13 @@ def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
     callback=_network,
     help="A network that hops may reach although it is private. May be repeated.",
 )
-@click.option("--max-hops", default=5, show_default=True, type=click.IntRange(0, 20))
+@click.option(
+    "--max-hops",
+    default=5,
+    show_default=True,
+    type=click.IntRange(0, 20),
+    help="How many wrappers may follow one another.",
+)
 @click.option(
     "--timeout",
     default="10s",

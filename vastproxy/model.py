@@ -131,7 +131,7 @@ class HopRequest:
     max_body: int
     """Bytes after decompression."""
     once: bool = False
-    """True: never sent twice, so on a connection of its own: a reused one may be dead already."""
+    """True, for what is not trusted: never sent twice, so on a connection of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ async def test_deadline_ends_the_waterfall(stage: Stage) -> None:
 
     assert [] == ids(response)
     assert ["/one"] == stage.asked
-    assert 0.1 < clock() - began < 0.25
+    assert 0.1 < clock() - began < 1.0
     assert ("no_ad", "upstream_failed") == response.flags
 
 

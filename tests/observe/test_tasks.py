@@ -13,6 +13,7 @@ async def test_tasks_are_waited_for() -> None:
     gate = asyncio.Event()
 
     async def work(number: int) -> None:
+        """Wait for the gate."""
         await gate.wait()
         done.append(number)
 
@@ -49,6 +50,7 @@ async def test_leaving_cancels_what_runs() -> None:
     started = asyncio.Event()
 
     async def work() -> None:
+        """Wait for ever."""
         started.set()
         try:
             await asyncio.Event().wait()
@@ -70,6 +72,7 @@ async def test_failure_is_logged_at_once() -> None:
     """A task that fails is logged by its name, with the error, and disturbs no other."""
 
     async def failing() -> None:
+        """Fail."""
         raise LookupError("lost")
 
     with capture_logs() as logs:

@@ -51,6 +51,7 @@ class FakeResolver(AbstractResolver):
     """Gives the same *addresses* for every name, and says when it was closed."""
 
     def __init__(self, *addresses: str) -> None:
+        """Take the addresses."""
         self.addresses = addresses
         self.names: list[str] = []
         self.closed = False

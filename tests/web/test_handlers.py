@@ -40,6 +40,7 @@ class FakeTransport:
     """Says which address a request came from."""
 
     def __init__(self, peer: str) -> None:
+        """Take the peer's address."""
         self._peer = peer
 
     def get_extra_info(self, name: str, default: object = None) -> object:

@@ -34,6 +34,7 @@ class FakeAds(AdServer):
     """A flow of the test's own."""
 
     def __init__(self, flow: Flow) -> None:
+        """Take what to do with a request."""
         self._flow = flow
         self.asked: list[AdRequest] = []
 
@@ -99,6 +100,7 @@ async def test_bug_inside_is_an_empty_answer() -> None:
     """A bug gives the player 200 and an empty VAST, and the log its traceback by the same id."""
 
     async def failing(_: Route, __: AdRequest) -> AdResponse:
+        """Fail as a bug does."""
         raise ZeroDivisionError
 
     player, _ = a_player(failing)
@@ -128,6 +130,7 @@ async def test_overload_is_an_empty_answer() -> None:
     gate = asyncio.Event()
 
     async def waiting(_: Route, __: AdRequest) -> AdResponse:
+        """Answer when the gate is open."""
         await gate.wait()
         return ANSWER
 

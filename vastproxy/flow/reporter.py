@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 import structlog
 
-from vastproxy.errors import UpstreamError, UpstreamTooLargeError
+from vastproxy.errors import (
+    RedirectError,
+    UpstreamError,
+    UpstreamStatusError,
+    UpstreamTooLargeError,
+)
 from vastproxy.model import HopRequest
 from vastproxy.observe.tasks import Tasks
 from vastproxy.upstream.client import HopClient
@@ -100,9 +105,12 @@ class ErrorReporter:
                 HopRequest(place.url, ping.headers, trusted=False, max_body=MAX_BODY, once=True),
                 deadline,
             )
+            if reply.status >= 400:  # noqa: PLR2004 - RFC 9110 section 15.5
+                raise UpstreamStatusError(reply.status)
             if reply.status not in _REDIRECTS or not reply.header("location"):
                 return
             url = joined(place.url, reply.header("location") or "")
+        raise RedirectError(f"more than {MAX_REDIRECTS} redirects")
 
     def __repr__(self) -> str:
         return (

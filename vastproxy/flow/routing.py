@@ -12,7 +12,9 @@ from vastproxy.upstream.upstream import VastUpstream, lookup
 from vastproxy.vast.unwrap import Policy
 
 _REST = "/{rest}"
-_DOT_SEGMENT = re.compile(r"(?:^|/)(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
+# Also in spellings that some servers take for a slash, or for the end of a segment.
+_SLASH = r"/|\\|%2f|%5c"
+_DOT_SEGMENT = re.compile(rf"(?:^|{_SLASH})(?:\.|%2e){{1,2}}(?:{_SLASH}|;|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Literal, TextIO
 
 import structlog
-from structlog.typing import Processor
+from aiohttp.http_exceptions import HttpProcessingError
+from structlog.typing import EventDict, Processor
 
 MALFORMED_EVERY = 1.0
 """Seconds between two lines about malformed requests: anybody can send a million of them."""
@@ -35,7 +36,7 @@ def configure(
     end: list[Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        else [_printable, structlog.dev.ConsoleRenderer(colors=target.isatty())]
     )
     structlog.configure(
         processors=[*shared, *end],
@@ -60,7 +61,20 @@ def _adopt_standard_logging(stream: TextIO, level: int, processors: list[Process
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
-    logging.getLogger("aiohttp.server").addFilter(QuietMalformed(time.monotonic))
+    server = logging.getLogger("aiohttp.server")
+    for each in [each for each in server.filters if isinstance(each, QuietMalformed)]:
+        server.removeFilter(each)
+    server.addFilter(QuietMalformed(time.monotonic))
+
+
+def _printable(_: object, __: str, event: EventDict) -> EventDict:
+    """Write texts with controls or line breaks as Python does, so that none makes a line."""
+    return {
+        key: repr(value)
+        if isinstance(value, str) and key != "exception" and not value.isprintable()
+        else value
+        for key, value in event.items()
+    }
 
 
 class QuietMalformed(logging.Filter):
@@ -77,15 +91,22 @@ class QuietMalformed(logging.Filter):
         self._suppressed = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let one line through each second, with the number of those that were not."""
+        """
+        Let one line through each second, with the number of those that were not.
+
+        What is no malformed request, a fault of ours for one, passes as it is.
+        """
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError):
+            return True
         now = self._clock()
         if now < self._next:
             self._suppressed += 1
             return False
         self._next = now + MALFORMED_EVERY
-        error = record.exc_info[1] if record.exc_info else None
+        problem = " ".join(str(error).split())[:200]
         record.msg = "malformed request: %s (%d more since the last line)"
-        record.args = (str(error or record.getMessage())[:200], self._suppressed)
+        record.args = (problem, self._suppressed)
         record.exc_info = record.exc_text = None
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         self._suppressed = 0

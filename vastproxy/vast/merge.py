@@ -124,7 +124,7 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     _refuse_too_many(unwrapped, targets, found)
     notes = []
     for ad, target in zip(unwrapped.ads, targets, strict=True):
-        if ad.inline.document is not unwrapped.entry:
+        if not unwrapped.is_entry_alone:
             target.take_root_errors(ad.inline.document)
         ad_notes: list[MergeNote] = []
         for wrapper in reversed(ad.wrappers):
@@ -318,7 +318,8 @@ class _Target:
         """
         Make the root errors of the InLine's own document errors of the ad.
 
-        Beside an ad they are not allowed (VAST 4.3 section 3.2); in the entry document they stay.
+        Beside an ad they are not allowed (VAST 4.3 section 3.2). They stay only where the entry
+        document is answered as it came.
         """
         copies = [deepcopy(each) for each in _with_text(document.error_elements)]
         _add(self.body, "Error", copies, _INLINE_ORDER)

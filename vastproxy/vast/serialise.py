@@ -41,8 +41,8 @@ def assemble(unwrapped: Unwrapped) -> VastDocument:
         _replace_ads(base, unwrapped)
     for ad in unwrapped.ads:
         _number(ad.inline.element, ad.sequence)
-    if base is not unwrapped.entry:
-        # Allowed only in place of an ad (VAST 4.3 section 3.2): moved into the ads already.
+    if not unwrapped.is_entry_alone:
+        # Allowed only in place of an ad (VAST 4.3 section 3.2): the ads have them already.
         for each in base.error_elements:
             root.remove(each)
     return base

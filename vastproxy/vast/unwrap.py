@@ -72,6 +72,11 @@ class Unwrapped:
     ads: tuple[ResolvedAd, ...]
     reports: tuple[Report, ...]
 
+    @property
+    def is_entry_alone(self) -> bool:
+        """Whether every ad stood in the entry document itself, behind no wrapper."""
+        return all(ad.inline.document is self.entry for ad in self.ads)
+
 
 @dataclass(eq=False, slots=True)
 class Want:

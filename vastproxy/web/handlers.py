@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from vastproxy.model import AdRequest, AdResponse, Device, Query, clean
 
@@ -44,7 +44,7 @@ def raw_path(request: web.BaseRequest) -> str:
     """Give the path as it was sent, without the query; also for a request in absolute form."""
     path = request.raw_path
     if not path.startswith("/"):
-        path = "/" + path.partition("://")[2].partition("/")[2]
+        path = "/" + path.partition("?")[0].partition("://")[2].partition("/")[2]
     return path.partition("?")[0]
 
 
@@ -65,20 +65,23 @@ def _is_trusted(peer: str, trusted: Networks) -> bool:
     return any(address in network for network in trusted)
 
 
-def _device(headers: Mapping[str, str], peer: str, trusted: Networks | None) -> Device:
+def _device(headers: CIMultiDictProxy[str], peer: str, trusted: Networks | None) -> Device:
     """Say who asks; *trusted* is None where the peer itself is not believed."""
     agent = clean(headers.get(hdrs.USER_AGENT, ""))
     referer = clean(headers.get(hdrs.REFERER, ""))
     language = clean(headers.get(hdrs.ACCEPT_LANGUAGE, ""))
+    requested_with = clean(headers.get("X-Requested-With", ""))
     if trusted is None:
-        return Device(peer, agent, referer, language, forwarded_for=peer)
-    chain = [part.strip() for part in headers.get("X-Forwarded-For", "").split(",") if part.strip()]
+        return Device(peer, agent, referer, language, requested_with, peer)
+    # Each proxy may add a line of its own (RFC 9110 section 5.3): one list, in their order.
+    listed = ",".join(headers.getall("X-Forwarded-For", ())).split(",")
+    chain = [part.strip() for part in listed if part.strip()]
     return Device(
         ip=_address(headers.get("X-Device-IP", "")) or _first_untrusted(chain, trusted) or peer,
         user_agent=clean(headers.get("X-Device-User-Agent", agent)),
         referer=clean(headers.get("X-Device-Referer", referer)),
         accept_language=clean(headers.get("X-Device-Accept-Language", language)),
-        requested_with=clean(headers.get("X-Device-Requested-With", "")),
+        requested_with=clean(headers.get("X-Device-Requested-With", requested_with)),
         forwarded_for=", ".join([*chain, *([peer] if peer else [])]),
     )
 
