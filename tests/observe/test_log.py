@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import structlog
+from aiohttp.http_exceptions import BadHttpMessage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,17 +154,18 @@ def test_value_makes_no_line_for_people(text: str) -> None:
     assert written.encode()
 
 
-def a_record(error: Exception | None = None, message: str = "Error handling request") -> Any:
+def a_record(problem: str = "bad") -> Any:
     """Build what aiohttp logs of a malformed request."""
-    info = (type(error), error, None) if error else None
-    return logging.LogRecord("aiohttp.server", logging.ERROR, "p", 1, message, (), info)
+    error = BadHttpMessage(problem)
+    info = (type(error), error, None)
+    return logging.LogRecord("aiohttp.server", logging.ERROR, "p", 1, "Error", (), info)
 
 
 def test_malformed_requests_are_a_line_a_second() -> None:
     """Of many malformed requests in a second one line is written, with the number of the others."""
     now = [100.0]
     quiet = QuietMalformed(lambda: now[0])
-    first, second = a_record(ValueError("bad")), a_record(ValueError("worse"))
+    first, second = a_record("bad"), a_record("worse")
 
     assert quiet.filter(first)
     assert [False] * 3 == [quiet.filter(a_record()) for _ in range(3)]
@@ -175,7 +177,7 @@ def test_malformed_requests_are_a_line_a_second() -> None:
 
 def test_malformed_request_is_cut_short() -> None:
     """A malformed request is a warning of limited length, without a traceback."""
-    record = a_record(ValueError("b" * 10_000))
+    record = a_record("b" * 10_000)
     quiet = QuietMalformed(lambda: 1.0)
 
     assert quiet.filter(record)
@@ -188,19 +190,33 @@ def test_malformed_request_is_cut_short() -> None:
 
 
 def test_malformed_request_may_have_percent_signs() -> None:
-    """A message with percent signs, and one without an error, can be written."""
+    """A message with percent signs can be written."""
     quiet = QuietMalformed(lambda: 1.0)
-    record = a_record(message="100 %s of %d")
+    record = a_record("100 %s of %d")
 
     assert quiet.filter(record)
     assert "100 %s of %d" in record.getMessage()
+
+
+def test_fault_of_ours_is_told_in_full() -> None:
+    """What is no malformed request keeps its level and its traceback, however often it comes."""
+    quiet = QuietMalformed(lambda: 1.0)
+    error = RuntimeError("ours")
+    info = (RuntimeError, error, None)
+    told = [
+        logging.LogRecord("aiohttp.server", logging.ERROR, "p", 1, "Unhandled", (), info)
+        for _ in range(3)
+    ]
+
+    assert [True] * 3 == [quiet.filter(each) for each in told]
+    assert [info] * 3 == [each.exc_info for each in told]
 
 
 def test_configuring_again_leaves_one_line() -> None:
     """Setting up logging twice writes nothing twice, and cuts nothing twice."""
     configured()
     stream = configured()
-    logging.getLogger("aiohttp.server").error("bad")
+    logging.getLogger("aiohttp.server").error("x", exc_info=BadHttpMessage("bad"))
     (line,) = records(stream)
 
     assert "malformed request: bad (0 more since the last line)" == line["event"]

@@ -104,7 +104,7 @@ class QuietMalformed(logging.Filter):
             self._suppressed += 1
             return False
         self._next = now + MALFORMED_EVERY
-        problem = " ".join(str(error).split())[:200]
+        problem = " ".join(error.message.split())[:200]
         record.msg = "malformed request: %s (%d more since the last line)"
         record.args = (problem, self._suppressed)
         record.exc_info = record.exc_text = None

@@ -114,6 +114,8 @@ class _Slot:
     candidate: Ad | None = None
     resolved: "ResolvedAd | _Group | None" = None
     open: bool = True
+    stands_in: int = 0
+    """The number of the stand-alone ad that stands in here; 0 for the slot's own ad."""
 
 
 @dataclass(eq=False, slots=True)
@@ -127,6 +129,8 @@ class _Group:
     only_first: bool = False
     slots: list[_Slot] = field(default_factory=list)
     spare: deque[Ad] = field(default_factory=deque)
+    taken: int = 0
+    """How many of the spare ads have been tried."""
 
 
 class Unwrapper:
@@ -223,7 +227,7 @@ class Unwrapper:
         while slot.candidate is not None:
             if self._try(group, slot, slot.candidate):
                 return
-            slot.candidate = _substitute(group, slot.candidate)
+            _substitute(group, slot, slot.candidate)
         slot.open = False
 
     def _try(self, group: _Group, slot: _Slot, ad: Ad) -> bool:
@@ -266,7 +270,7 @@ class Unwrapper:
     def _give_up(self, want: Want) -> None:
         """Go on to the next candidate of the slot that *want* was in."""
         want.slot.resolved = None
-        want.slot.candidate = _substitute(want.group, want.ad)
+        _substitute(want.group, want.slot, want.ad)
         self._advance(want.group, want.slot)
         self._settle(want.group.parent)
 
@@ -280,7 +284,7 @@ class Unwrapper:
                 want.slot.open = False
             else:
                 want.slot.resolved = None
-                want.slot.candidate = _substitute(want.group, want.ad)
+                _substitute(want.group, want.slot, want.ad)
                 self._advance(want.group, want.slot)
             want = want.group.parent
 
@@ -314,7 +318,7 @@ def _path(want: Want | None) -> list[Want]:
     return path
 
 
-def _substitute(group: _Group, failed: Ad) -> Ad | None:
+def _substitute(group: _Group, slot: _Slot, failed: Ad) -> None:
     """
     Choose what stands in for a *failed* ad: a stand-alone ad of the same response, not yet used.
 
@@ -323,7 +327,31 @@ def _substitute(group: _Group, failed: Ad) -> Ad | None:
     """
     wish = failed.fallback_on_no_ad if failed.is_wrapper else None
     forbidden = wish is not True if group.only_first else group.is_pod and wish is False
-    return group.spare.popleft() if group.spare and not forbidden else None
+    slot.candidate = group.spare.popleft() if group.spare and not forbidden else None
+    group.taken += 1
+    slot.stands_in = group.taken
+
+
+def _in_place(group: _Group) -> list["ResolvedAd | _Group | None"]:
+    """
+    Give what came of each slot, in playing order.
+
+    Which slot a stand-alone ad was tried in depends on what failed first; so that the answer
+    does not, the first one that is good takes the first place that is free.
+    """
+    good = [slot for slot in group.slots if slot.stands_in and _is_filled(slot)]
+    good.sort(key=lambda slot: slot.stands_in)
+    waiting = iter(good)
+    return [
+        next((each.resolved for each in waiting), None) if slot.stands_in else slot.resolved
+        for slot in group.slots
+    ]
+
+
+def _is_filled(slot: _Slot) -> bool:
+    if isinstance(slot.resolved, _Group):
+        return bool(_ads(slot.resolved))
+    return slot.resolved is not None
 
 
 def _unusable(ad: Ad, path: list[Want]) -> tuple[int, str] | None:
@@ -375,11 +403,11 @@ def _absolute(base: str, reference: str) -> str:
 def _ads(group: _Group) -> list[tuple[ResolvedAd, bool]]:
     """Give the ads of *group* in playing order, each with whether it belongs to a pod."""
     found: list[tuple[ResolvedAd, bool]] = []
-    for slot in group.slots:
-        if isinstance(slot.resolved, ResolvedAd):
-            found.append((slot.resolved, group.is_pod))
-        elif slot.resolved is not None:
-            found += [(ad, pod or group.is_pod) for ad, pod in _ads(slot.resolved)]
+    for resolved in _in_place(group):
+        if isinstance(resolved, ResolvedAd):
+            found.append((resolved, group.is_pod))
+        elif resolved is not None:
+            found += [(ad, pod or group.is_pod) for ad, pod in _ads(resolved)]
     return found
 
 

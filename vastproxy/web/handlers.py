@@ -7,7 +7,6 @@ Rule 2: every answer, an empty one and an error too, carries the CORS headers of
 section 3: without them a player reports a network error instead of "no ad".
 """
 
-from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from aiohttp import hdrs, web
