@@ -16,22 +16,30 @@ The table of rules is in ``docs/vast.md``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from lxml import etree
 
 from vastproxy.errors import VastSchemaError
 from vastproxy.vast.document import (
-    Ad,
     VastDocument,
     child,
     children,
     local_name,
     namespace_of,
     text_of,
+)
+from vastproxy.vast.material import (
+    VIEWS,
+    Material,
+    gathered,
+    has_resource,
+    is_verification_extension,
+    trackers,
+    with_text,
 )
 from vastproxy.vast.unwrap import ResolvedAd, Unwrapped
 
@@ -49,10 +57,6 @@ _INLINE_ORDER = (
 )
 _LINEAR_ORDER = ("Icons", "TrackingEvents", "AdParameters", "Duration", "MediaFiles", "VideoClicks")
 _CLICKS_ORDER = ("ClickTracking", "ClickThrough", "CustomClick")
-_VIEWS = ("Viewable", "NotViewable", "ViewUndetermined")
-_RESOURCES = ("StaticResource", "IFrameResource", "HTMLResource")
-_INLINE_ONLY = ("MediaFiles", "AdParameters", "Duration", "InteractiveCreativeFile")
-_VERIFICATION_EXTENSION = "adverifications"
 
 MAX_PLACED = 20_000
 """
@@ -74,42 +78,6 @@ class MergeNote:
     dropped: Counter[str]
 
 
-@dataclass(slots=True)
-class _Material:
-    """What a wrapper brings, by kind."""
-
-    wrapper: Ad
-    impressions: list[etree._Element] = field(default_factory=list)
-    errors: list[etree._Element] = field(default_factory=list)
-    pricing: etree._Element | None = None
-    views: list[etree._Element] = field(default_factory=list)
-    view_attributes: dict[str, str] = field(default_factory=dict)
-    linear_events: list[etree._Element] = field(default_factory=list)
-    clicks: list[etree._Element] = field(default_factory=list)
-    click_through: etree._Element | None = None
-    icons: list[etree._Element] = field(default_factory=list)
-    nonlinear_events: list[etree._Element] = field(default_factory=list)
-    nonlinear_clicks: list[etree._Element] = field(default_factory=list)
-    companion_ads: list[etree._Element] = field(default_factory=list)
-    bare_companions: list[etree._Element] = field(default_factory=list)
-    verifications: list[etree._Element] = field(default_factory=list)
-    extensions: list[etree._Element] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def placements(self, target: "_Target", companions: int) -> int:
-        """Count the nodes that *target*, with so many *companions*, would be given."""
-        once = len(self.impressions) + len(self.errors) + len(self.views) + len(self.extensions)
-        linear = len(self.linear_events) + len(self.clicks) + len(self.icons)
-        bare = sum(len(each.findall(".//{*}Tracking")) + 1 for each in self.bare_companions)
-        return (
-            once
-            + linear * len(target.linears)
-            + len(self.nonlinear_events) * len(target.nonlinears)
-            + len(self.nonlinear_clicks) * target.nonlinear_count
-            + bare * companions
-        )
-
-
 def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     """
     Merge every wrapper into every ad of *unwrapped*, in place.
@@ -119,7 +87,7 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     """
     uses = Counter(id(wrapper) for ad in unwrapped.ads for wrapper in ad.wrappers)
     wrappers = {id(wrapper): wrapper for ad in unwrapped.ads for wrapper in ad.wrappers}
-    found = {key: _material(wrapper) for key, wrapper in wrappers.items()}
+    found = {key: gathered(wrapper) for key, wrapper in wrappers.items()}
     targets = [_Target(ad) for ad in unwrapped.ads]
     _refuse_too_many(unwrapped, targets, found)
     notes = []
@@ -136,162 +104,32 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
 
 
 def _refuse_too_many(
-    unwrapped: Unwrapped, targets: list["_Target"], found: dict[int, "_Material"]
+    unwrapped: Unwrapped, targets: list["_Target"], found: dict[int, "Material"]
 ) -> None:
     """Raise VastSchemaError, before anything is moved, where trackers would multiply."""
     placed = 0
     for ad, target in zip(unwrapped.ads, targets, strict=True):
         materials = [found[id(wrapper)] for wrapper in ad.wrappers]
-        companions = len(target.companions) + sum(len(each.companion_ads) for each in materials)
-        placed += sum(each.placements(target, companions) for each in materials)
+        added = sum(len(ads) for each in materials for ads in each.companion_ads)
+        companions = len(target.companions) + added
+        placed += sum(_placements(each, target, companions) for each in materials)
     if placed > MAX_PLACED:
         raise VastSchemaError(f"{placed} trackers would have to be merged, more than {MAX_PLACED}")
 
 
-# --- What a wrapper brings ----------------------------------------------------------------------
-
-
-def _with_text(elements: Iterable[etree._Element]) -> list[etree._Element]:
-    """Leave out the trackers without a URL: they can only fail."""
-    return [each for each in elements if _has_text(each)]
-
-
-def _has_text(element: etree._Element) -> bool:
-    text = element.text
-    return bool(text and not text.isspace()) or (len(element) > 0 and bool(text_of(element)))
-
-
-def _material(wrapper: Ad) -> _Material:
-    body = wrapper.body
-    found = _Material(wrapper)
-    for each in body.iterchildren(etree.Element):
-        collect = _COLLECTORS.get(local_name(each))
-        if collect is not None:
-            collect(found, each)
-    # A document's own <Error>s speak for the ads in it (docs/vast.md).
-    roots = [deepcopy(each) for each in _with_text(wrapper.document.error_elements)]
-    found.errors = roots + found.errors
-    return found
-
-
-def _collect_view(found: _Material, element: etree._Element) -> None:
-    found.view_attributes = dict(element.attrib)
-    for name in _VIEWS:
-        found.views += _with_text(children(element, name))
-
-
-def _collect_verifications(found: _Material, element: etree._Element) -> None:
-    found.verifications += children(element, "Verification")
-
-
-def _collect_extensions(found: _Material, element: etree._Element) -> None:
-    for each in children(element, "Extension"):
-        inner = child(each, "AdVerifications")
-        if inner is not None and _is_verification_extension(each):
-            _collect_verifications(found, inner)
-        else:
-            found.extensions.append(each)
-
-
-def _is_verification_extension(extension: etree._Element) -> bool:
-    return (extension.get("type") or "").strip().lower() == _VERIFICATION_EXTENSION
-
-
-def _collect_creatives(found: _Material, element: etree._Element) -> None:
-    """
-    Sort what creatives bring by its kind, never by the creative it stands in.
-
-    One wrapper may spread its events and clicks over several creatives (Tremor's samples do).
-    """
-    for creative in children(element, "Creative"):
-        for each in creative.iterchildren(etree.Element):
-            collect = _CREATIVE_COLLECTORS.get(local_name(each))
-            if collect is not None:
-                collect(found, each)
-
-
-def _events(element: etree._Element) -> list[etree._Element]:
-    return [
-        event
-        for each in children(element, "TrackingEvents")
-        for event in _with_text(children(each, "Tracking"))
-    ]
-
-
-def _collect_linear(found: _Material, linear: etree._Element) -> None:
-    found.linear_events += _events(linear)
-    for clicks in children(linear, "VideoClicks"):
-        for name in ("ClickTracking", "CustomClick"):
-            found.clicks += _with_text(children(clicks, name))
-        through = _with_text(children(clicks, "ClickThrough"))
-        if through and found.click_through is None:
-            found.click_through = through[0]
-    for icons in children(linear, "Icons"):
-        found.icons += children(icons, "Icon")
-    _note_dropped(found, linear, _INLINE_ONLY)
-
-
-def _collect_nonlinear(found: _Material, ads: etree._Element) -> None:
-    found.nonlinear_events += _events(ads)
-    for each in children(ads, "NonLinear"):
-        found.nonlinear_clicks += _with_text(children(each, "NonLinearClickTracking"))
-        _note_dropped(found, each, (*_RESOURCES, "NonLinearClickThrough"))
-
-
-def _collect_companions(found: _Material, ads: etree._Element) -> None:
-    if any(_has_resource(each) for each in children(ads, "Companion")):
-        found.companion_ads.append(ads)
-    found.bare_companions += [
-        each for each in children(ads, "Companion") if not _has_resource(each)
-    ]
-
-
-def _has_resource(companion: etree._Element) -> bool:
-    return any(child(companion, name) is not None for name in _RESOURCES)
-
-
-def _note_dropped(found: _Material, element: etree._Element, names: Sequence[str]) -> None:
-    for name in names:
-        if child(element, name) is not None:
-            found.dropped[name] += 1
-
-
-def _collect_impression(found: _Material, element: etree._Element) -> None:
-    found.impressions += _with_text([element])
-
-
-def _collect_error(found: _Material, element: etree._Element) -> None:
-    found.errors += _with_text([element])
-
-
-def _collect_pricing(found: _Material, element: etree._Element) -> None:
-    if found.pricing is None and text_of(element):
-        found.pricing = element
-
-
-def _collect_creative_extensions(found: _Material, _: etree._Element) -> None:
-    found.dropped["CreativeExtensions"] += 1
-
-
-_Collector = Callable[[_Material, etree._Element], None]  # noqa: SLF001 - lxml's public type
-_COLLECTORS: dict[str, _Collector] = {
-    "Impression": _collect_impression,
-    "Error": _collect_error,
-    "Pricing": _collect_pricing,
-    "ViewableImpression": _collect_view,
-    "AdVerifications": _collect_verifications,
-    "Extensions": _collect_extensions,
-    "Creatives": _collect_creatives,
-}
-_CREATIVE_COLLECTORS: dict[str, _Collector] = {
-    "Linear": _collect_linear,
-    "NonLinearAds": _collect_nonlinear,
-    "CompanionAds": _collect_companions,
-    "CreativeExtensions": _collect_creative_extensions,
-}
-
-
-# --- Where it goes ------------------------------------------------------------------------------
+def _placements(material: Material, target: "_Target", companions: int) -> int:
+    """Count the nodes that *target*, with so many *companions*, would be given."""
+    once = len(material.impressions) + len(material.errors) + len(material.views)
+    linear = len(material.linear_events) + len(material.clicks) + len(material.icons)
+    bare = sum(len(each.findall(".//{*}Tracking")) + 1 for each in material.bare_companions)
+    return (
+        once
+        + len(material.extensions)
+        + linear * len(target.linears)
+        + len(material.nonlinear_events) * len(target.nonlinears)
+        + len(material.nonlinear_clicks) * target.nonlinear_count
+        + bare * companions
+    )
 
 
 class _Target:
@@ -321,10 +159,10 @@ class _Target:
         Beside an ad they are not allowed (VAST 4.3 section 3.2). They stay only where the entry
         document is answered as it came.
         """
-        copies = [deepcopy(each) for each in _with_text(document.error_elements)]
+        copies = [deepcopy(each) for each in with_text(document.error_elements)]
         _add(self.body, "Error", copies, _INLINE_ORDER)
 
-    def take(self, material: _Material, *, last: bool) -> MergeNote:
+    def take(self, material: Material, *, last: bool) -> MergeNote:
         """Fold one wrapper in. *last*: nobody else needs its nodes, so they may be moved."""
         give = _Giver(namespace_of(material.wrapper.body), self.namespace, last=last)
         note = MergeNote(
@@ -342,7 +180,7 @@ class _Target:
         note.taken["Extension"] += len(material.extensions)
         return note
 
-    def _take_ad_level(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+    def _take_ad_level(self, material: Material, give: "_Giver", note: MergeNote) -> None:
         _add(self.body, "Impression", give.nodes(material.impressions), _INLINE_ORDER)
         _add(self.body, "Error", give.nodes(material.errors), _INLINE_ORDER)
         note.taken["Impression"] += len(material.impressions)
@@ -357,17 +195,17 @@ class _Target:
             self._take_views(material, give)
             note.taken.update(local_name(each) for each in material.views)
 
-    def _take_views(self, material: _Material, give: "_Giver") -> None:
+    def _take_views(self, material: Material, give: "_Giver") -> None:
         """Put the URIs into the one ViewableImpression that an ad may have; its id stays."""
         if child(self.body, "ViewableImpression") is None:
             made = _make(self.body, "ViewableImpression")
             made.attrib.update(material.view_attributes)
             _place(self.body, made, _INLINE_ORDER)
-        for name in _VIEWS:
+        for name in VIEWS:
             nodes = [each for each in material.views if local_name(each) == name]
-            _add(self.body, f"ViewableImpression/{name}", give.nodes(nodes), _VIEWS)
+            _add(self.body, f"ViewableImpression/{name}", give.nodes(nodes), VIEWS)
 
-    def _take_linear(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+    def _take_linear(self, material: Material, give: "_Giver", note: MergeNote) -> None:
         taken = 0
         for at, linear in enumerate(self.linears):
             more = at < len(self.linears) - 1
@@ -385,7 +223,7 @@ class _Target:
             kept["ClickThrough"] += 1
 
     def _take_clicks(
-        self, linear: etree._Element, material: _Material, give: "_Giver", *, more: bool
+        self, linear: etree._Element, material: Material, give: "_Giver", *, more: bool
     ) -> bool:
         """Add the click trackers; true if the wrapper's landing page was needed too."""
         for name in ("ClickTracking", "CustomClick"):
@@ -406,7 +244,7 @@ class _Target:
     def _take_icons(
         self,
         linear: etree._Element,
-        material: _Material,
+        material: Material,
         give: "_Giver",
         note: MergeNote,
         *,
@@ -427,7 +265,7 @@ class _Target:
         note.taken["Icon"] += len(kept)
         note.dropped["Icon"] += len(material.icons) - len(kept)
 
-    def _take_nonlinear(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+    def _take_nonlinear(self, material: Material, give: "_Giver", note: MergeNote) -> None:
         singles = [each for ads in self.nonlinears for each in children(ads, "NonLinear")]
         for at, ads in enumerate(self.nonlinears):
             more = at < len(self.nonlinears) - 1
@@ -441,12 +279,12 @@ class _Target:
         kept = note.taken if singles else note.dropped
         kept["NonLinearClickTracking"] += len(material.nonlinear_clicks)
 
-    def _take_companions(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+    def _take_companions(self, material: Material, give: "_Giver", note: MergeNote) -> None:
         for bare in material.bare_companions:
             self._take_bare_companion(bare, give, note)
         there = {_conflict_key(each) for each in self.companions}
         for ads in material.companion_ads:
-            full = [each for each in children(ads, "Companion") if _has_resource(each)]
+            full = [each for each in children(ads, "Companion") if has_resource(each)]
             kept = [each for each in full if _conflict_key(each) not in there]
             note.taken["Companion"] += len(kept)
             note.dropped["Companion"] += len(full) - len(kept)
@@ -462,8 +300,8 @@ class _Target:
         """
         size = _size(bare)
         targets = [each for each in self.companions if size is None or _size(each) == size]
-        clicks = _with_text(children(bare, "CompanionClickTracking"))
-        events = _events(bare)
+        clicks = with_text(children(bare, "CompanionClickTracking"))
+        events = trackers(bare)
         for at, each in enumerate(targets):
             more = at < len(targets) - 1
             _add(each, "CompanionClickTracking", give.nodes(clicks, more=more), ())
@@ -491,7 +329,7 @@ class _Target:
             _append(container, each)
         self.companions += nodes
 
-    def _take_verifications(self, material: _Material, give: "_Giver", note: MergeNote) -> None:
+    def _take_verifications(self, material: Material, give: "_Giver", note: MergeNote) -> None:
         if not material.verifications:
             return
         holder = self._verifications()
@@ -510,7 +348,7 @@ class _Target:
         extensions = child(self.body, "Extensions")
         for each in children(extensions, "Extension") if extensions is not None else ():
             inner = child(each, "AdVerifications")
-            if inner is not None and _is_verification_extension(each):
+            if inner is not None and is_verification_extension(each):
                 return inner
         if self.version >= FIRST_WITH_VERIFICATIONS:
             made = _make(self.body, "AdVerifications")
