@@ -212,10 +212,10 @@ def test_player_may_name_no_other_host(make: Make, tag: str) -> None:
 
 
 def test_taken_parameters(make: Make) -> None:
-    """An upstream knows which of the player's parameters its templates take over."""
+    """An upstream knows which of the player's parameters it sets itself or takes over."""
     upstream = make("http://a.example/?a={query.a}", params={"b": "{query.c}-{viewer}"})
 
-    assert frozenset({"a", "c"}) == upstream.taken_parameters
+    assert frozenset({"a", "b", "c"}) == upstream.taken_parameters
     assert "<VastUpstream main http://a.example/?a={query.a}>" == repr(upstream)
 
 

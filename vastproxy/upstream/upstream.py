@@ -67,7 +67,8 @@ class VastUpstream:
         self._client = client
         self._now = now
         self._taken = frozenset().union(
-            settings.endpoint.query_names, *(each.query_names for _, each in settings.params)
+            settings.endpoint.query_names,
+            *(each.query_names | {name} for name, each in settings.params),
         )
 
     @property
@@ -77,7 +78,11 @@ class VastUpstream:
 
     @property
     def taken_parameters(self) -> frozenset[str]:
-        """Query parameters that its templates take over, and that need no second copy."""
+        """
+        Query parameters that it sets or takes over.
+
+        Of the player's own, these need no second copy; and what the operator sets, no player sets.
+        """
         return self._taken
 
     def entry_url(self, session: VastSession, params: Mapping[str, str] | None = None) -> str:

@@ -46,14 +46,16 @@ class HopProtocol(ResponseHandler):
         """Whether the last request went into a kept connection that the peer had closed."""
         return self._uses > 1 and self._received == 0
 
+    def is_connected(self) -> bool:
+        """Whether the pool may hand this connection out: not with unasked bytes on it."""
+        return not self._buffer and not self._tail and super().is_connected()
+
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - handed on as they are
-        """Begin a request. Raises ClientOSError where the peer sent something before it."""
+        """Begin a request."""
         _current.set(self)
         self._uses += 1
         self._received = 0
         self._head_done = False
-        if self._buffer or self._tail:
-            raise aiohttp.ClientOSError("the ad server sent what nobody asked for")
         super().set_response_params(**params)
 
     def feed_data(self, data: Any, size: int = 0) -> None:  # noqa: ANN401 - aiohttp's own type

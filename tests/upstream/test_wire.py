@@ -1,0 +1,175 @@
+"""What a connection to an ad server refuses, over real sockets."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+
+import pytest
+
+from vastproxy.errors import UpstreamError
+from vastproxy.model import HopReply, HopRequest
+from vastproxy.upstream.client import AiohttpClient
+from vastproxy.upstream.egress import EgressPolicy
+from vastproxy.upstream.wire import MAX_HEAD, MAX_WIRE
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+ENOUGH = 5.0
+"""Seconds within which each of these must end by itself, long before the deadline."""
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
+
+
+@asynccontextmanager
+async def serving(serve: Serve) -> AsyncIterator[tuple[str, list[int]]]:
+    """Serve connections by *serve*, numbered from 1; give the URL, and a list of their numbers."""
+    numbers: list[int] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        numbers.append(len(numbers) + 1)
+        try:
+            await serve(reader, writer, numbers[-1])
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", numbers
+
+
+async def head(reader: asyncio.StreamReader) -> None:
+    """Read one request."""
+    await reader.readuntil(b"\r\n\r\n")
+
+
+async def ask(client: AiohttpClient, url: str, *, once: bool = False) -> HopReply:
+    """Ask *url* with time to spare."""
+    request = HopRequest(url, (), trusted=False, max_body=1 << 20, once=once)
+    return await client.get(request, asyncio.get_running_loop().time() + 60)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[AiohttpClient]:
+    """Open a client that may reach loopback."""
+    policy = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
+    async with AiohttpClient(policy) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x"),
+    ],
+    ids=["interim answers", "chunk size", "chunk extension"],
+)
+async def test_endless_answers_end(client: AiohttpClient, start: bytes, piece: bytes) -> None:
+    """An answer without an end, which never becomes a body, is broken off by its size."""
+    sent = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        nonlocal sent
+        await head(reader)
+        writer.write(start)
+        many = piece * (65536 // len(piece))
+        while True:
+            writer.write(many)
+            sent += len(many)
+            await writer.drain()
+
+    async with serving(serve) as (url, _), asyncio.timeout(ENOUGH):
+        with pytest.raises(UpstreamError):
+            await ask(client, url)
+
+    assert MAX_HEAD < sent < 8 * MAX_WIRE
+
+
+async def test_kept_connection_that_was_closed_is_replaced(client: AiohttpClient) -> None:
+    """A request that met a closed connection goes out again on a new one."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        await head(reader)
+        writer.write(ANSWER)
+        await writer.drain()
+        # The next request is read, and not one byte is said: as when the close crossed it.
+        await head(reader)
+        writer.transport.abort()
+
+    async with serving(serve) as (url, numbers):
+        first = await ask(client, url)
+        second = await ask(client, url)
+
+    assert (b"ok", b"ok") == (first.body, second.body)
+    assert [1, 2] == numbers
+
+
+@pytest.mark.parametrize("once", [False, True])
+async def test_fresh_connection_is_not_asked_twice(client: AiohttpClient, *, once: bool) -> None:
+    """A request that broke off on a new connection is not repeated: it may have been counted."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        await head(reader)
+        writer.transport.abort()
+
+    async with serving(serve) as (url, numbers):
+        with pytest.raises(UpstreamError):
+            await ask(client, url, once=once)
+
+    assert [1] == numbers
+
+
+async def test_answer_that_had_begun_is_not_asked_for_again(client: AiohttpClient) -> None:
+    """A request on a kept connection whose answer had begun is not repeated."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        await head(reader)
+        writer.write(ANSWER)
+        await head(reader)
+        writer.write(b"HTTP/1.1 200")
+        await writer.drain()
+        writer.close()
+
+    async with serving(serve) as (url, numbers):
+        await ask(client, url)
+        with pytest.raises(UpstreamError):
+            await ask(client, url)
+
+    assert [1] == numbers
+
+
+async def test_unasked_bytes_end_a_connection(client: AiohttpClient) -> None:
+    """What comes on an idle connection is no answer to the next request."""
+    said = asyncio.Event()
+
+    async def serve(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> None:
+        await head(reader)
+        writer.write(ANSWER)
+        await writer.drain()
+        if number == 1:
+            await said.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nEVIL")
+            await writer.drain()
+        await head(reader)
+
+    async with serving(serve) as (url, numbers):
+        await ask(client, url)
+        said.set()
+        while not any(map(len, _idle(client))):  # noqa: ASYNC110 - the loop has to turn
+            await asyncio.sleep(0)
+        second = await ask(client, url)
+
+    assert b"ok" == second.body
+    assert [1, 2] == numbers
+
+
+def _idle(client: AiohttpClient) -> list[list[object]]:
+    """Give what has been read on each idle connection of *client*."""
+    connectors = [each.connector for each in client._sessions.values()]
+    kept = [each for one in connectors if one for each in one._conns.values()]
+    return [list(protocol._buffer) for queue in kept for protocol, _ in queue]
