@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import structlog
@@ -53,7 +53,8 @@ class Proxy:
     player: Player
     reporter: ErrorReporter
     tasks: Tasks
-    ready: bool = field(default=True)
+    ready: bool = False
+    """Whether players are answered: not before the listeners are open, nor while draining."""
 
     def __repr__(self) -> str:
         return f"<Proxy {self.router!r} {'ready' if self.ready else 'draining'}>"
@@ -202,6 +203,7 @@ async def served(
             shutdown_timeout=server.shutdown_timeout,
         )
         places = await stack.enter_async_context(listening(players, server.listen))
+        running.ready = True
         log.info("listening", at=places, routes=[each.path for each in config.routes])
         try:
             yield running

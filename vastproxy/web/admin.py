@@ -9,8 +9,8 @@ def admin_app(is_ready: Callable[[], bool]) -> web.Application:
     """
     Make the application of the admin listener.
 
-    ``/healthz`` answers while the process can; ``/readyz`` answers 503 from the signal to stop
-    on: the players' listener refuses new connections then, and what is in flight ends.
+    ``/healthz`` answers while the process can; ``/readyz`` answers 503 before the players'
+    listener is open, and from the signal to stop on, when what is in flight ends.
     """
 
     async def healthz(_: web.Request) -> web.Response:
@@ -19,7 +19,7 @@ def admin_app(is_ready: Callable[[], bool]) -> web.Application:
     async def readyz(_: web.Request) -> web.Response:
         if is_ready():
             return web.json_response({"status": "ready"})
-        return web.json_response({"status": "draining"}, status=503)
+        return web.json_response({"status": "not ready"}, status=503)
 
     app = web.Application()
     app.router.add_get("/healthz", healthz)
