@@ -66,7 +66,7 @@ async def test_unix_socket(server: AdServer, tmp_path: Path) -> None:
     assert 200 == status
     assert b'<Ad id="ad"' in body
     assert 200 == ready[0]
-    assert "<Proxy <Router ['/ad']> draining>" == repr(running)
+    assert "<Proxy <Router ['/ad']> not ready>" == repr(running)
 
 
 async def test_unix_socket_is_trusted(server: AdServer, tmp_path: Path) -> None:

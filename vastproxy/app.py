@@ -6,8 +6,10 @@ what they needed.
 """
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -39,6 +41,9 @@ from vastproxy.web.server import Player, PlayerSettings
 BACKLOG = 1024
 """Connections that the kernel keeps waiting; the default of 128 drops some in a burst."""
 
+MAX_LINE = 16 * 1024
+"""Bytes of a request line or header of a player: consent strings fill more than the usual 8 KB."""
+
 FLUSH_TIMEOUT = 5.0
 """Seconds that reports still under way get at the end."""
 
@@ -57,7 +62,7 @@ class Proxy:
     """Whether players are answered: not before the listeners are open, nor while draining."""
 
     def __repr__(self) -> str:
-        return f"<Proxy {self.router!r} {'ready' if self.ready else 'draining'}>"
+        return f"<Proxy {self.router!r} {'ready' if self.ready else 'not ready'}>"
 
 
 def egress_policy(config: Config) -> EgressPolicy:
@@ -156,14 +161,23 @@ async def _open(runner: web.BaseRunner, place: Listen) -> str:
         return str(place)
     site = web.TCPSite(runner, place.host or None, place.port, backlog=BACKLOG)
     await site.start()
-    return f"http://{place}"
+    # Of port 0 the system chose one.
+    return f"http://{place}" if place.port else f"http://{place.host}:{runner.addresses[-1][1]}"
 
 
 def _remove_stale_socket(path: str) -> None:
-    """Remove a socket that a killed process left at *path*; anything else there stays."""
+    """
+    Remove a socket that a killed process left at *path*; anything else there stays.
+
+    Raises OSError where a process still answers on it.
+    """
     with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
-            os.unlink(path)  # noqa: PTH108
+        if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise OSError(errno.EADDRINUSE, f"{path} is in use by a running process")
+        os.unlink(path)  # noqa: PTH108
 
 
 @asynccontextmanager
@@ -199,8 +213,15 @@ async def served(
             log.info("admin.listening", at=places)
         handler = extra(running) if extra else running.player.handle
         players = web.ServerRunner(
-            web.Server(handler, keepalive_timeout=server.keepalive_timeout, access_log=None),
-            shutdown_timeout=server.shutdown_timeout,
+            web.Server(
+                handler,
+                keepalive_timeout=server.keepalive_timeout,
+                access_log=None,
+                max_line_size=MAX_LINE,
+                max_field_size=MAX_LINE,
+            ),
+            # aiohttp waits so long for answers, and once more for connections to end.
+            shutdown_timeout=server.shutdown_timeout / 2,
         )
         places = await stack.enter_async_context(listening(players, server.listen))
         running.ready = True

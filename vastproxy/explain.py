@@ -80,7 +80,7 @@ def print_answer(answer: Explained, style: str) -> None:
     sys.stdout.buffer.write(answer.body + b"\n")
     sys.stdout.buffer.flush()
     if answer.outcome.unwrapped is None:
-        print(f"no ad: {why_not(answer)} (--format tree tells more)", file=sys.stderr)  # noqa: T201
+        print(f"no ad: {printable(why_not(answer))} (--format tree tells more)", file=sys.stderr)  # noqa: T201
 
 
 def why_not(answer: Explained) -> str:
@@ -126,12 +126,14 @@ def trees(answer: Explained) -> Iterable[Tree | Text]:
     unwrapped = answer.outcome.unwrapped
     for ad, notes in zip(unwrapped.ads if unwrapped else (), answer.notes, strict=True):
         place = f", {ad.sequence} in the pod" if ad.sequence else ""
-        tree = Tree(Text(f"ad {ad.inline.id or '-'} ({ad.inline.system or '-'}{place})", "bold"))
+        tree = Tree(
+            Text(printable(f"ad {ad.inline.id or '-'} ({ad.inline.system or '-'}{place})"), "bold")
+        )
         for note in notes:
             tree.add(note_text(note))
         yield tree
     if unwrapped is None:
-        yield Text(f"no ad: {why_not(answer)}", "bold red")
+        yield Text(printable(f"no ad: {why_not(answer)}"), "bold red")
     for _, report in answer.outcome.reports:
         yield report_text(report)
 
@@ -144,7 +146,7 @@ def _grow(tree: Tree, hop: Hop, below: dict[int | None, list[Hop]]) -> None:
     for repair in hop.repairs:
         tree.add(Text(f"repaired: {repair}", "yellow"))
     if hop.code is not None:
-        tree.add(Text(f"{hop.code}: {hop.problem}", "bold red"))
+        tree.add(Text(printable(f"{hop.code}: {hop.problem}"), "bold red"))
     for each in below.get(hop.number, []):
         _grow(tree.add(hop_text(each)), each, below)
 
@@ -153,7 +155,7 @@ def hop_text(hop: Hop) -> Text:
     """Name a hop: its number, its URL as the ad server wrote it, its time."""
     return Text.assemble(
         (f"hop {hop.number} ", "bold"),
-        (hop.url, "cyan"),
+        (printable(hop.url), "cyan"),
         f"  {hop.milliseconds:.0f} ms",
         f"  VAST {hop.version}" if hop.version else "",
     )
@@ -164,16 +166,17 @@ def exchange_text(exchange: Exchange) -> Text:
     status = "no answer" if exchange.status is None else str(exchange.status)
     sent = ", ".join(exchange.cookies_sent) or "-"
     got = ", ".join(exchange.cookies_set) or "-"
-    return Text(
+    text = (
         f"GET {exchange.url}  {status}  {exchange.size} bytes  {exchange.milliseconds:.0f} ms  "
         f"cookies in: {got}  out: {sent}"
     )
+    return Text(printable(text))
 
 
 def ad_text(ad: AdFact) -> Text:
     """Tell one ad of a hop's document."""
     place = f" sequence {ad.sequence}" if ad.sequence else ""
-    return Text(f"{ad.kind} {ad.id or '-'} ({ad.system or '-'}){place}", "green")
+    return Text(printable(f"{ad.kind} {ad.id or '-'} ({ad.system or '-'}){place}"), "green")
 
 
 def note_text(note: MergeNote) -> Text:
@@ -181,15 +184,20 @@ def note_text(note: MergeNote) -> Text:
     text = f"{note.wrapper_id or '-'} ({note.system or '-'}): merged {_counted(note.taken)}"
     if +note.dropped:
         text += f"; dropped {_counted(note.dropped)}"
-    return Text(text)
+    return Text(printable(text))
 
 
 def report_text(report: Report) -> Text:
     """Tell one failure, and how many would hear of it."""
-    return Text(
-        f"{report.code}: {report.reason}; the proxy would tell {len(report.uris)} <Error> URIs",
-        "yellow",
-    )
+    told = f"the proxy would tell {len(report.uris)} <Error> URIs"
+    return Text(f"{report.code}: {printable(report.reason)}; {told}", "yellow")
+
+
+def printable(text: str) -> str:
+    """Write *text* of a third party so that it cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _counted(counts: Counter[str]) -> str:

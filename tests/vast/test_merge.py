@@ -13,7 +13,7 @@ from tests.support.vast_facts import IAB, faults
 from tests.support.vast_strategies import Chain, chains
 from vastproxy.errors import VastSchemaError
 from vastproxy.vast.document import text_of
-from vastproxy.vast.merge import MAX_PLACED, base_of, merge
+from vastproxy.vast.merge import MAX_GROWTH, base_of, merge
 from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import Unwrapper
 
@@ -608,11 +608,11 @@ def test_too_many_trackers() -> None:
     def outer(count: int) -> str:
         return document("Wrapper", linear(f"<TrackingEvents>{event * count}</TrackingEvents>"))
 
-    assert MAX_PLACED == len(
-        list(inline_of(chained(outer(MAX_PLACED // 100), inner)).iter("Tracking"))
-    )
-    with pytest.raises(VastSchemaError, match=str(MAX_PLACED)):
-        chained(outer(MAX_PLACED // 100 + 1), inner)
+    too_many = MAX_GROWTH // (99 * len(event)) + 1
+
+    assert 10_000 == len(list(inline_of(chained(outer(100), inner)).iter("Tracking")))
+    with pytest.raises(VastSchemaError, match=str(MAX_GROWTH)):
+        chained(outer(too_many), inner)
 
 
 def test_base() -> None:

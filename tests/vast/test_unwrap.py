@@ -101,7 +101,7 @@ def test_want_tells_its_place() -> None:
         ("http://h/a/b?z", "http://h/a/b?y", "?z"),
         ("HTTPS://i/../c d", "http://h/a/b", "HTTPS://i/../c d"),
         ("http://h/a/[CACHEBUSTING]", "http://h/a/b", "[CACHEBUSTING]"),
-        ("//[i/c", "http://h/a/b", "//[i/c"),
+        ("http://[i/c", "http://h/a/b", "//[i/c"),
     ],
 )
 def test_relative_addresses(url: str, base: str, reference: str) -> None:

@@ -7,7 +7,7 @@ from vastproxy.web.admin import admin_app
 
 
 @pytest.mark.parametrize(
-    ("ready", "status", "word"), [(True, 200, "ready"), (False, 503, "draining")]
+    ("ready", "status", "word"), [(True, 200, "ready"), (False, 503, "not ready")]
 )
 async def test_readiness(
     aiohttp_client: AiohttpClient, *, ready: bool, status: int, word: str

@@ -1,7 +1,9 @@
 """What is believed of a request, and what every answer says to browsers."""
 
+import socket
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from vastproxy.web.handlers import (
     refused,
 )
 
+UNIX = "unix"
 TRUSTED: Networks = (ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"))
 FORGED = (
     ("X-Forwarded-For", "6.6.6.6"),
@@ -44,8 +47,11 @@ class FakeTransport:
         self._peer = peer
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        """Give the peer's address, and nothing else."""
-        return (self._peer, 5000) if name == "peername" and self._peer else default
+        """Give the peer's address; for a Unix socket, the socket."""
+        if name == "socket" and self._peer == UNIX:
+            return SimpleNamespace(family=socket.AF_UNIX)
+        known = name == "peername" and self._peer not in {"", UNIX}
+        return (self._peer, 5000) if known else default
 
     def is_closing(self) -> bool:
         """Stay open."""
@@ -55,7 +61,7 @@ class FakeTransport:
 def a_request(
     path: str = "/ad", headers: Sequence[tuple[str, str]] = (), peer: str = "10.0.0.1"
 ) -> web.Request:
-    """Build a request for *path* from *peer*; empty for a Unix socket."""
+    """Build a request for *path* from *peer*; empty for one that is gone already."""
     transport: Any = FakeTransport(peer)
     return make_mocked_request("GET", path, headers=CIMultiDict(headers), transport=transport)
 
@@ -76,7 +82,7 @@ def test_strangers_are_not_believed(peer: str) -> None:
     assert "" == request.request_id
 
 
-@pytest.mark.parametrize("peer", ["10.0.0.1", "2001:db8::1", "2001:db8::1%eth0", ""])
+@pytest.mark.parametrize("peer", ["10.0.0.1", "2001:db8::1", "2001:db8::1%eth0", UNIX])
 def test_trusted_are_believed(peer: str) -> None:
     """What a trusted proxy, or a Unix socket, says of the device is believed."""
     request = read(headers=(*OWN, *FORGED), peer=peer)
@@ -89,6 +95,14 @@ def test_trusted_are_believed(peer: str) -> None:
         request.device.requested_with,
     )
     assert "forged" == request.request_id
+
+
+def test_nobody_there_is_not_believed() -> None:
+    """A connection that is gone has no address, and is no Unix socket for that."""
+    request = read(headers=(*OWN, *FORGED), peer="")
+
+    assert Device("", "TV", "http://p.example/", "de") == request.device
+    assert "" == request.request_id
 
 
 def test_trusted_that_tell_nothing() -> None:
@@ -149,7 +163,7 @@ def test_way_here_is_kept() -> None:
     chain = (("X-Forwarded-For", "6.6.6.6,198.51.100.7"),)
 
     assert "6.6.6.6, 198.51.100.7, 10.0.0.1" == read(headers=chain).device.forwarded_for
-    assert "6.6.6.6, 198.51.100.7" == read(headers=chain, peer="").device.forwarded_for
+    assert "6.6.6.6, 198.51.100.7" == read(headers=chain, peer=UNIX).device.forwarded_for
 
 
 def test_nobody_is_trusted_by_default() -> None:

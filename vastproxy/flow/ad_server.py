@@ -26,7 +26,7 @@ from vastproxy.vast.document import VastDocument
 from vastproxy.vast.macros import MACROS, Context, Macros, fill_everywhere, replace_few
 from vastproxy.vast.merge import MergeNote, merge
 from vastproxy.vast.parse import is_plain
-from vastproxy.vast.unwrap import Report, Unwrapped
+from vastproxy.vast.unwrap import MAX_REPORTED, Report, Unwrapped
 
 WORTH_ASKING = 0.02
 """Seconds of the deadline below which the next upstream is not asked any more."""
@@ -68,6 +68,8 @@ class Outcome:
     """The session that it came from."""
     reports: list[tuple[VastSession, Report]] = field(default_factory=list)
     """Failures on the way, and whose they were."""
+    unreported: int = 0
+    """<Error> URIs beyond what is told of one ad request."""
     versions: list[tuple[int, int]] = field(default_factory=list)
     """Of the entry documents."""
     no_ads: list[tuple[VastSession, VastDocument]] = field(default_factory=list)
@@ -197,7 +199,8 @@ class AdServer:
                 (session, Report(VastCode.NO_AD, tuple(document.errors), "no ad"))
                 for session, document in outcome.no_ads
             ]
-        self._reporter.send(ping for each in reports for ping in _pings(*each))
+        pings = (ping for each in reports for ping in _pings(*each))
+        self._reporter.send(pings, outcome.unreported)
 
     def __repr__(self) -> str:
         return f"<AdServer {self._reporter!r}>"
@@ -229,6 +232,7 @@ def _take(outcome: Outcome, session: VastSession, resolution: Resolution) -> boo
     if unwrapped is None:
         return False
     outcome.reports += [(session, each) for each in unwrapped.reports]
+    outcome.unreported += unwrapped.unreported
     outcome.versions.append(unwrapped.entry.version)
     if unwrapped.ads:
         outcome.unwrapped, outcome.session = unwrapped, session
@@ -274,7 +278,9 @@ def _drop_ads(outcome: Outcome, reason: str) -> None:
             for each in (*ad.wrappers, ad.inline)
             for uri in each.errors
         ]
-        report = Report(VastCode.WRAPPER, tuple(dict.fromkeys(uris)), reason)
+        told = tuple(dict.fromkeys(uris))
+        outcome.unreported += len(told[MAX_REPORTED:])
+        report = Report(VastCode.WRAPPER, told[:MAX_REPORTED], reason)
         outcome.reports.append((outcome.session, report))
     outcome.unwrapped = outcome.session = None
 

@@ -10,6 +10,7 @@ Rule 3: it goes through the egress guard, as everything that a third party names
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -60,17 +61,16 @@ class ErrorReporter:
         self.dropped = 0
         """Reports that never left, because too many waited."""
 
-    def send(self, pings: Iterable[Ping]) -> None:
+    def send(self, pings: Iterable[Ping], dropped: int = 0) -> None:
         """
-        Send *pings* when their turn comes.
+        Send *pings* when their turn comes; *dropped* is how many were given up before.
 
         Anything but http and https is passed over. What does not fit on the queue is dropped,
         and one line of the log says how much that was.
         """
-        dropped = 0
         for ping in pings:
             if not ping.url.lower().startswith(("http://", "https://")):
-                self._log.debug("report.skipped", url=ping.url[:200], request_id=ping.request_id)
+                self._log.debug("report.skipped", url=ping.url[:40], request_id=ping.request_id)
             elif self._waiting >= MAX_PENDING:
                 dropped += 1
             else:
@@ -88,8 +88,10 @@ class ErrorReporter:
             self.sent += 1
         except UpstreamError as error:
             self.failed += 1
+            # The host alone: the rest of the URL is filled with what is known of the viewer.
+            host = urlsplit(ping.url).hostname
             self._log.info(
-                "report.failed", url=ping.url[:500], problem=str(error), request_id=ping.request_id
+                "report.failed", host=host, problem=str(error), request_id=ping.request_id
             )
         else:
             self.sent += 1

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import unquote_plus
 
 from vastproxy.config.template import Template
 from vastproxy.config.units import Source
@@ -111,7 +112,8 @@ def forwarded(route: Route, raw: str, taken: frozenset[str]) -> str:
 
 
 def _name(parameter: str) -> str:
-    return parameter.partition("=")[0]
+    """Give the name of a query parameter as an ad server reads it: decoded."""
+    return unquote_plus(parameter.partition("=")[0], errors="replace")
 
 
 def macro_values(route: Route, request: AdRequest, viewer: str) -> Mapping[str, str]:

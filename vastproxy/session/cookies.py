@@ -15,6 +15,7 @@ are passed over.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,9 @@ from functools import lru_cache
 from typing import Final
 
 from publicsuffixlist import PublicSuffixList
+
+MAX_HEADER_BYTES: Final = 8_000
+"""Of the ``Cookie`` header: most servers refuse lines beyond 8 KB."""
 
 MAX_COOKIES: Final = 50
 """Cookies in one jar: what RFC 6265 section 6.1 wants kept for each domain at the least."""
@@ -266,7 +270,7 @@ class CookieJar:
             if (secure or not each.secure) and not each.expired(now) and each.meant_for(host, path)
         ]
         found.sort(key=lambda each: -len(each.path))
-        return found
+        return _fitting(found)
 
     def _take(self, cookie: Cookie, now: float) -> bool:
         """Keep *cookie*, or remove its forerunner if it is dead; tell whether the jar changed."""
@@ -274,9 +278,18 @@ class CookieJar:
             return self._cookies.pop(_identity(cookie), None) is not None
         self._cookies[_identity(cookie)] = cookie
         if len(self._cookies) > MAX_COOKIES:
-            kept = self._cookies
-            del kept[next((key for key in kept if kept[key].expired(now)), next(iter(kept)))]
+            del self._cookies[self._least_missed(now)]
         return True
+
+    def _least_missed(self, now: float) -> tuple[str, str, bool, str]:
+        """Choose what leaves a full jar: an expired cookie, or the oldest of the fullest site."""
+        kept = self._cookies
+        expired = next((key for key in kept if kept[key].expired(now)), None)
+        if expired is not None:
+            return expired
+        # Not simply the oldest: then one hop could drive out what another set.
+        fullest, _ = Counter(each.domain for each in kept.values()).most_common(1)[0]
+        return next(key for key in kept if kept[key].domain == fullest)
 
     def _hides_secure(self, cookie: Cookie) -> bool:
         """
@@ -291,6 +304,18 @@ class CookieJar:
             and _path_matches(cookie.path, each.path)
             for each in self._cookies.values()
         )
+
+
+def _fitting(cookies: list[Cookie]) -> list[Cookie]:
+    """Leave out what would make a header longer than servers take."""
+    room = MAX_HEADER_BYTES
+    fitting = []
+    for each in cookies:
+        room -= len(each.name) + len(each.value) + 3
+        if room < 0:
+            break
+        fitting.append(each)
+    return fitting
 
 
 def public_suffix_test() -> Callable[[str], bool]:

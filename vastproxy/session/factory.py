@@ -29,6 +29,9 @@ CLIENT_AGENT = f"unknown vastproxy/{__version__}"
 SERVERSIDE = "1"
 """``[SERVERSIDE]``: a server asks, on behalf of a client that told it to (VAST 4.3 section 6.4)."""
 
+MAX_VALUE = 2048
+"""Characters of one macro's value: a Referer may have 8,190, and be asked for a hundred times."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CORRELATOR = re.compile(r"[!-~]{1,128}")
 
@@ -110,7 +113,11 @@ def macros_of(context: SessionContext, request: Request, timestamp: TimestampSty
         values["PAGEURL"] = device.referer
         values["DOMAIN"] = lambda: _host(device.referer) or UNKNOWN
     values.update(request.macros)
-    return Macros(values)
+    return Macros({name: _bounded(each) for name, each in values.items()})
+
+
+def _bounded(value: str | Callable[[], str]) -> str | Callable[[], str]:
+    return value[:MAX_VALUE] if isinstance(value, str) else value
 
 
 def _host(url: str) -> str:

@@ -16,7 +16,6 @@ from typing import Protocol, Self
 import aiohttp
 from aiohappyeyeballs import AddrInfoType
 from aiohttp.abc import AbstractResolver
-from yarl import URL
 
 from vastproxy.errors import (
     EgressBlockedError,
@@ -31,6 +30,7 @@ from vastproxy.upstream.wire import (
     connection_was_dead,
     forget_connection,
     hop_session,
+    wire_url,
 )
 
 MAX_CONNECTIONS = 1000
@@ -134,7 +134,7 @@ class AiohttpClient:
         pool = _Pool.ONCE if request.once else _Pool.GUARDED
         session = self._sessions[_Pool.TRUSTED if request.trusted else pool]
         async with session.get(
-            URL(request.url, encoded=True), headers=request.headers, allow_redirects=False
+            wire_url(request.url), headers=request.headers, allow_redirects=False
         ) as response:
             return HopReply(
                 response.status,

@@ -9,10 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
-from vastproxy.errors import NoAdError, UpstreamError, UpstreamStatusError, VastError
+from vastproxy.errors import (
+    NoAdError,
+    UpstreamError,
+    UpstreamStatusError,
+    UpstreamTimeoutError,
+    VastError,
+)
 from vastproxy.model import HopReply
 from vastproxy.observe.trace import AdFact, Exchange, Hop
 from vastproxy.session.session import VastSession
+from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.parse import hardened_parser, parse
 from vastproxy.vast.unwrap import Policy, Unwrapped, Unwrapper, Want
@@ -22,6 +29,9 @@ PARSE_APART = 64 * 1024
 Bytes from which a document is parsed in a thread: lxml lets the others run meanwhile. Below, the
 thread costs more than it saves (40 us; a 64 KB document takes about 400).
 """
+
+MAX_SIZE = 8 * 1024 * 1024
+"""Bytes of all documents behind one ad request. A pod of ten with five wrappers each has 0.3 MB."""
 
 _NO_CONTENT = frozenset({204, 205})
 
@@ -110,7 +120,9 @@ class VastChainResolver:
         left = max(0, self.policy.max_fetches - session.trace.begun)
         unwrapper = Unwrapper(document, url, replace(self.policy, max_fetches=left))
         await _Run(session, unwrapper, number).follow()
-        return Resolution(unwrapper.result())
+        unwrapped = unwrapper.result()
+        unwrapper.release()
+        return Resolution(unwrapped)
 
 
 @dataclass(slots=True)
@@ -137,7 +149,9 @@ class _Run:
     session: VastSession
     unwrapper: Unwrapper
     entry: int | None
-    numbers: dict[int, int] = field(default_factory=dict)
+    numbers: dict[Want, int] = field(default_factory=dict)
+    size: int = 0
+    """Bytes of the documents so far."""
 
     async def follow(self) -> None:
         """Make the hops that are wanted, until none is."""
@@ -156,15 +170,27 @@ class _Run:
     async def _hop(self, want: Want) -> None:
         session = self.session
         number = session.trace.begin()
-        self.numbers[id(want)] = number
-        parent = self.numbers[id(want.parent)] if want.parent else self.entry
+        self.numbers[want] = number
+        parent = self.numbers[want.parent] if want.parent else self.entry
         place = _Place(want.url, number, parent, want.depth)
         url = session.upstream.filled(want.url, session, want.blocked_categories)
         outcome = await _fetch(session, place, url, trusted=False)
         if isinstance(outcome, _Document):
-            self.unwrapper.feed(want, outcome.document, outcome.url)
+            self.size += outcome.document.size
         else:
+            self._consider_stopping(outcome)
             self.unwrapper.fail(want, outcome.vast_code, str(outcome))
+            return
+        if self.size > MAX_SIZE:
+            self.unwrapper.stop()
+            self.unwrapper.fail(want, VastCode.WRAPPER, f"more than {MAX_SIZE} bytes in all")
+        else:
+            self.unwrapper.feed(want, outcome.document, outcome.url)
+
+    def _consider_stopping(self, error: UpstreamError | VastError) -> None:
+        """Let nothing stand in any more when it was the deadline that passed."""
+        if isinstance(error, UpstreamTimeoutError) and error.starved:
+            self.unwrapper.stop()
 
 
 def _given(session: VastSession, body: bytes) -> Entry:

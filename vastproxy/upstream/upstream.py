@@ -8,7 +8,7 @@ from typing import Literal
 
 from vastproxy.config.template import Placeholder, Template
 from vastproxy.errors import EgressBlockedError, RedirectError, UpstreamTimeoutError
-from vastproxy.model import AdRequest, Device, HopReply, HopRequest
+from vastproxy.model import AdRequest, Device, HopReply, HopRequest, Query
 from vastproxy.observe.trace import Exchange
 from vastproxy.session.cookies import CookieJar
 from vastproxy.session.session import Fetched, VastSession
@@ -69,6 +69,7 @@ class VastUpstream:
         self._taken = frozenset().union(
             settings.endpoint.query_names,
             *(each.query_names | {name} for name, each in settings.params),
+            Query(settings.endpoint.text.partition("?")[2]),
         )
 
     @property
@@ -103,9 +104,11 @@ class VastUpstream:
         url = extended(
             url, "&".join([*pairs, facts.forward_query] if facts.forward_query else pairs)
         )
+        url = self.filled(self._with_session(url, session), session)
         if settings.endpoint.starts_with_placeholder:
+            # Last: what macros and correlator put in may not change the host unseen.
             self._check_host(url)
-        return self.filled(self._with_session(url, session), session)
+        return url
 
     def _check_host(self, url: str) -> None:
         found = target(url)
@@ -130,7 +133,7 @@ class VastUpstream:
     def filled(self, url: str, session: VastSession, blocked: tuple[str, ...] = ()) -> str:
         """Fill a hop's *url*: macros, correlator; *blocked* are the wrappers' categories."""
         macros = session.macros
-        if blocked:
+        if blocked and "BLOCKEDADCATEGORIES" in url:
             macros = macros.having({"BLOCKEDADCATEGORIES": ",".join(map(encode, blocked))})
         url = macros.fill_request(url, self.settings.spelling)
         for name in session.request_facts.correlator_params:
@@ -198,6 +201,8 @@ class VastUpstream:
         own = now + self.settings.timeout
         deadline = session.request_facts.deadline
         rest = deadline - min(RESERVE, RESERVE_SHARE * (deadline - now))
+        if rest <= now:
+            raise UpstreamTimeoutError("the deadline has passed", starved=True)
         return min(own, rest), rest < own
 
     def _headers(

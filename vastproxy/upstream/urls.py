@@ -8,18 +8,22 @@ on a request line is percent-encoded; no ``%`` that is there is touched, no brac
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from yarl import URL
 
 from vastproxy.errors import RedirectError
+from vastproxy.vast import links
 
 # RFC 3986 section 2 allows none of these; servers refuse them on the request line.
 _NOT_ON_THE_WIRE = re.compile('[\x00-\x20"<>\x7f-\U0010ffff]')
 # Browsers drop these wherever they stand in a URL (WHATWG URL Standard, section 4.4).
 _LINE_BREAKS = re.compile("[\t\r\n]")
 _PARTS = re.compile(r"(?i:(https?)):/{0,2}([^/?#\\]*)([^#]*)")
-_HOST = re.compile(r"[A-Za-z0-9._~%:!$&'()*+,;=-]+")
+MAX_AUTHORITY = 512
+"""Characters of user, host and port: a host has 253 at the most (RFC 1035 section 2.3.4)."""
+# A name as it is asked for in DNS, with the underscore that some use; or an IPv6 address.
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -54,6 +58,8 @@ def target(url: str) -> Target:
     if match is None:
         raise RedirectError(f"no http or https URL: {text[:80]!r}")
     scheme, rest = match[1].lower(), match[3]
+    if len(match[2]) > MAX_AUTHORITY:
+        raise RedirectError(f"no usable host: it has {len(match[2])} characters")
     authority, host, port = _authority(match[2], 443 if scheme == "https" else 80)
     rest = _NOT_ON_THE_WIRE.sub(_quoted, rest)
     if rest[:1] != "/":
@@ -95,10 +101,7 @@ def joined(base: str, location: str) -> str:
         raise RedirectError("a redirect without a target")
     if _SCHEME.match(text):
         return text
-    try:
-        return urljoin(base, text)
-    except ValueError as error:
-        raise RedirectError(f"no usable redirect target {text[:80]!r}: {error}") from None
+    return links.joined(base, text)
 
 
 @lru_cache(maxsize=256)

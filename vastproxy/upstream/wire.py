@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.helpers import set_exception
+from yarl import URL
 
 MAX_HEAD = 64 * 1024
 """Bytes of status line and headers, interim answers included. nginx takes 8 KiB, curl 300 KiB."""
@@ -61,11 +62,15 @@ class HopProtocol(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:  # noqa: ANN401 - aiohttp's own type
         """Take the head of an answer; interim ones are not the end of it."""
         if data[0].code >= 200:  # noqa: PLR2004 - RFC 9110 section 15.2
+            if self._head_done:
+                self._end("an answer that nobody asked for")
+                return
             self._head_done = True
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the peer, while they are not too many."""
+        """Take bytes from the peer, while they are not too many; none: decoding goes on."""
+        resumed = not data
         before = self._received
         self._received += len(data)
         if not self._head_done and self._parser is not None:
@@ -76,7 +81,7 @@ class HopProtocol(ResponseHandler):
                 self._end("the head of the answer does not end")
         if self._received > MAX_WIRE:
             self._end(f"the answer is larger than {MAX_WIRE} bytes on the wire")
-        elif data:
+        elif data or resumed:
             super().data_received(data)
 
     def _end(self, reason: str) -> None:
@@ -104,6 +109,14 @@ def hop_session(connector: HopConnector, **options: Any) -> aiohttp.ClientSessio
     session = aiohttp.ClientSession(connector=connector, **options)
     session._retry_connection = False  # noqa: SLF001 - rule 4; there is no public switch
     return session
+
+
+def wire_url(url: str) -> URL:
+    """Make aiohttp's URL of *url*, byte for byte: yarl forgets a ``?`` with nothing behind it."""
+    made = URL(url, encoded=True)
+    if url.endswith("?") and not made.raw_query_string:
+        made._cache["raw_path_qs"] = made.raw_path + "?"  # noqa: SLF001 - there is no public way
+    return made
 
 
 def forget_connection() -> None:

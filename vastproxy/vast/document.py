@@ -83,7 +83,7 @@ class Ad:
     @property
     def errors(self) -> list[str]:
         """The ad's error URIs, macros as they are."""
-        return [text for each in children(self.body, "Error") if (text := text_of(each))]
+        return _texts(children(self.body, "Error"))
 
     @property
     def tag_uri(self) -> str:
@@ -127,16 +127,26 @@ class Ad:
 class VastDocument:
     """A parsed document. *repairs* says, in words, what had to be mended to read it."""
 
-    __slots__ = ("ads", "repairs", "root", "version")
+    __slots__ = ("repairs", "root", "size", "version")
 
-    def __init__(self, root: etree._Element, repairs: tuple[str, ...] = ()) -> None:
+    def __init__(self, root: etree._Element, repairs: tuple[str, ...] = (), size: int = 0) -> None:
         self.root = root
         self.repairs = repairs
+        self.size = size
+        """Bytes that it was read from."""
         match = _VERSION.match(root.get("version") or "")
         self.version = (int(match[1]), int(match[2] or 0)) if match else DEFAULT_VERSION
         """The version as numbers, for comparing."""
-        self.ads = [Ad(each, self) for each in children(root, "Ad")]
-        """Every ``<Ad>``, in the order of the document as it was read."""
+
+    @property
+    def ads(self) -> list[Ad]:
+        """
+        Every ``<Ad>``, in the order of the document.
+
+        Made anew each time: a document that held its ads, which hold it, would keep its tree until
+        the garbage collector comes.
+        """
+        return [Ad(each, self) for each in children(self.root, "Ad")]
 
     @property
     def error_elements(self) -> list[etree._Element]:
@@ -146,10 +156,14 @@ class VastDocument:
     @property
     def errors(self) -> list[str]:
         """Their URIs, macros as they are."""
-        return [text for each in self.error_elements if (text := text_of(each))]
+        return _texts(children(self.root, "Error"))
 
     def __repr__(self) -> str:
         return f"<VastDocument {'.'.join(map(str, self.version))}, ads: {self.ads}>"
+
+
+def _texts(elements: Iterator[etree._Element]) -> list[str]:
+    return [text for each in elements if (text := text_of(each))]
 
 
 def _sequence(value: str | None) -> int | None:

@@ -33,8 +33,11 @@ class Context(Flag):
 _R, _T = Context.REQUEST, Context.TRACKING
 _RT = _R | _T
 
-MAX_URL = 16 * 1024
-"""Characters of a URL that is looked into. No server takes longer ones; aiohttp's takes half."""
+MAX_URL = 8_190
+"""Characters of a URL that is looked into: the longest line that aiohttp's parser takes."""
+
+MAX_ADDED = 1024 * 1024
+"""Bytes that filling macros everywhere may add to a document."""
 
 UNKNOWN = "-1"
 NOT_SHARED = "-2"
@@ -332,9 +335,11 @@ def fill_everywhere(document: bytes, values: Mapping[bytes, bytes]) -> bytes:
     """
     Fill macros in a serialised document: *values* by name, without brackets.
 
-    One pass. Values must be encoded: then no character of theirs means anything to XML.
+    One pass. Values must be encoded: then no character of theirs means anything to XML. A document
+    that would grow by more than :data:`MAX_ADDED` is left as it is.
     """
-    if b"[" not in document:
+    longest = max(map(len, values.values()), default=0)
+    if document.count(b"[") * longest > MAX_ADDED:
         return document
 
     def replaced(match: re.Match[bytes]) -> bytes:

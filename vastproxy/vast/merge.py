@@ -58,10 +58,11 @@ _INLINE_ORDER = (
 _LINEAR_ORDER = ("Icons", "TrackingEvents", "AdParameters", "Duration", "MediaFiles", "VideoClicks")
 _CLICKS_ORDER = ("ClickTracking", "ClickThrough", "CustomClick")
 
-MAX_PLACED = 20_000
+MAX_GROWTH = 4 * 1024 * 1024
 """
-Nodes put into one answer, 0.1 s of work. Trackers of a wrapper times creatives of an InLine, each
-within its own limit, would make gigabytes; a pod of ten ads behind five busy wrappers takes 2,000.
+Bytes that copies may add to an answer, 0.1 s of work. A wrapper's trackers times the creatives and
+ads of a pod, each within its own limit, would make gigabytes; a pod of ten behind five wrappers of
+20 KB adds less than one megabyte.
 """
 
 FIRST_WITH_VERIFICATIONS = (4, 1)
@@ -82,14 +83,15 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     """
     Merge every wrapper into every ad of *unwrapped*, in place.
 
-    Gives the notes of each ad, outermost wrapper first. Raises VastSchemaError where trackers
-    would multiply beyond MAX_PLACED; then nothing has been moved.
+    Gives the notes of each ad, outermost wrapper first. Raises VastSchemaError where copies
+    would multiply beyond MAX_GROWTH; then nothing has been moved.
     """
     uses = Counter(id(wrapper) for ad in unwrapped.ads for wrapper in ad.wrappers)
     wrappers = {id(wrapper): wrapper for ad in unwrapped.ads for wrapper in ad.wrappers}
-    found = {key: gathered(wrapper) for key, wrapper in wrappers.items()}
     targets = [_Target(ad) for ad in unwrapped.ads]
-    _refuse_too_many(unwrapped, targets, found)
+    if not unwrapped.is_entry_alone:
+        _refuse_too_large(unwrapped, targets)
+    found = {key: gathered(wrapper) for key, wrapper in wrappers.items()}
     notes = []
     for ad, target in zip(unwrapped.ads, targets, strict=True):
         if not unwrapped.is_entry_alone:
@@ -103,33 +105,20 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
     return tuple(notes)
 
 
-def _refuse_too_many(
-    unwrapped: Unwrapped, targets: list["_Target"], found: dict[int, "Material"]
-) -> None:
-    """Raise VastSchemaError, before anything is moved, where trackers would multiply."""
-    placed = 0
+def _refuse_too_large(unwrapped: Unwrapped, targets: list["_Target"]) -> None:
+    """Raise VastSchemaError, before anything is moved, where copies would make an answer huge."""
+    places: Counter[int] = Counter()
+    documents: dict[int, VastDocument] = {}
     for ad, target in zip(unwrapped.ads, targets, strict=True):
-        materials = [found[id(wrapper)] for wrapper in ad.wrappers]
-        added = sum(len(ads) for each in materials for ads in each.companion_ads)
-        companions = len(target.companions) + added
-        placed += sum(_placements(each, target, companions) for each in materials)
-    if placed > MAX_PLACED:
-        raise VastSchemaError(f"{placed} trackers would have to be merged, more than {MAX_PLACED}")
-
-
-def _placements(material: Material, target: "_Target", companions: int) -> int:
-    """Count the nodes that *target*, with so many *companions*, would be given."""
-    once = len(material.impressions) + len(material.errors) + len(material.views)
-    linear = len(material.linear_events) + len(material.clicks) + len(material.icons)
-    bare = sum(len(each.findall(".//{*}Tracking")) + 1 for each in material.bare_companions)
-    return (
-        once
-        + len(material.extensions)
-        + linear * len(target.linears)
-        + len(material.nonlinear_events) * len(target.nonlinears)
-        + len(material.nonlinear_clicks) * target.nonlinear_count
-        + bare * companions
-    )
+        holders = [each.document for each in ad.wrappers]
+        if next(children(ad.inline.document.root, "Error"), None) is not None:
+            holders.append(ad.inline.document)
+        for document in holders:
+            places[id(document)] += target.places
+            documents[id(document)] = document
+    growth = sum(each.size * (places[key] - 1) for key, each in documents.items())
+    if growth > MAX_GROWTH:
+        raise VastSchemaError(f"merging would add {growth} bytes, more than {MAX_GROWTH}")
 
 
 class _Target:
@@ -144,13 +133,18 @@ class _Target:
         self.creatives = creatives if creatives is not None else self.body
         self.linears = [each for one in each_creative for each in children(one, "Linear")]
         self.nonlinears = [each for one in each_creative for each in children(one, "NonLinearAds")]
-        self.nonlinear_count = sum(1 for ads in self.nonlinears for _ in children(ads, "NonLinear"))
         self.companions = [
             each
             for one in each_creative
             for ads in children(one, "CompanionAds")
             for each in children(ads, "Companion")
         ]
+
+    @property
+    def places(self) -> int:
+        """How often a wrapper's trackers may have to be put in, at the most."""
+        nonlinears = sum(len(each) for each in self.nonlinears)
+        return max(1, len(self.linears), nonlinears, len(self.companions))
 
     def take_root_errors(self, document: VastDocument) -> None:
         """

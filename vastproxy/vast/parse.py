@@ -124,7 +124,7 @@ def parse(
     except etree.XMLSyntaxError as error:
         root, mended = _mended(source, charset, parser or _PARSER, str(error))
         repairs += mended
-    return _document(root, repairs)
+    return _document(root, repairs, len(source))
 
 
 def is_plain(data: bytes) -> bool:
@@ -139,7 +139,7 @@ def is_plain(data: bytes) -> bool:
     return True
 
 
-def _document(root: etree._Element, repairs: tuple[str, ...]) -> VastDocument:
+def _document(root: etree._Element, repairs: tuple[str, ...], size: int) -> VastDocument:
     if root.getroottree().docinfo.internalDTD is not None:
         raise VastSyntaxError("a document type is not allowed")
     name = local_name(root)
@@ -147,7 +147,7 @@ def _document(root: etree._Element, repairs: tuple[str, ...]) -> VastDocument:
         raise VastVersionError("VAST 1.x is not supported")
     if name != "VAST":
         raise VastSchemaError(f"the root element is <{name[:40]}>, not <VAST>")
-    return VastDocument(root, repairs)
+    return VastDocument(root, repairs, size)
 
 
 def _decoded(data: bytes) -> tuple[bytes, tuple[str, ...]]:

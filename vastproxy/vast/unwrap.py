@@ -19,10 +19,11 @@ is tried.
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from urllib.parse import urljoin
+from itertools import islice
 
 from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument, child, children, text_of
+from vastproxy.vast.links import joined
 
 MAX_WRAPPERS = 5
 """VAST 4.3 section 2.3.5.1: players need to accept five wrappers before an InLine."""
@@ -30,6 +31,15 @@ MAX_WRAPPERS = 5
 MAX_FETCHES = 100
 """Documents fetched for one ad request: a pod of ten ads behind ten different chains of five,
 twice. A tree that asks for more is an attack or a mistake."""
+
+MAX_REPORTED = 200
+"""
+Error URIs told of failures for one ad request: a pod of ten ads, each behind five wrappers with
+four. What a document may ask for beyond would make the proxy a lever against somebody else.
+"""
+
+MAX_CATEGORIES = 500
+"""Category codes read from one level. The IAB's content taxonomy has some hundreds in all."""
 
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -71,6 +81,8 @@ class Unwrapped:
     entry: VastDocument
     ads: tuple[ResolvedAd, ...]
     reports: tuple[Report, ...]
+    unreported: int = 0
+    """At least so many URIs are not in the reports: there were more than MAX_REPORTED."""
 
     @property
     def is_entry_alone(self) -> bool:
@@ -149,6 +161,9 @@ class Unwrapper:
         self._open: set[Want] = set()
         self._fetches = 0
         self._reports: list[Report] = []
+        self._reported = 0
+        self._unreported = 0
+        self._stopped = False
         self._root = self._grouped(entry, url, None, self._policy.standalone_ads)
 
     def wanted(self) -> tuple[Want, ...]:
@@ -179,11 +194,34 @@ class Unwrapper:
         self._report(code, reason, want)
         self._give_up(want)
 
+    def stop(self) -> None:
+        """Let nothing stand in for what fails from now on: there is no time to ask for it."""
+        self._stopped = True
+
     def result(self) -> Unwrapped:
         """Give what has come of it. Wants that are still open count as nothing."""
         return Unwrapped(
-            self._entry, tuple(_numbered(self._root, _ads(self._root))), tuple(self._reports)
+            self._entry,
+            tuple(_numbered(self._root, _ads(self._root))),
+            tuple(self._reports),
+            self._unreported,
         )
+
+    def release(self) -> None:
+        """
+        Let go of the documents, when the result has been taken.
+
+        Slots, groups and wants refer to each other: without this, three trees of a request wait
+        for the garbage collector.
+        """
+        groups = [self._root]
+        while groups:
+            group = groups.pop()
+            groups += [each.resolved for each in group.slots if isinstance(each.resolved, _Group)]
+            group.slots.clear()
+            group.spare.clear()
+        self._asked.clear()
+        self._open.clear()
 
     # --- Groups and slots -----------------------------------------------------------------------
 
@@ -224,7 +262,7 @@ class Unwrapper:
 
     def _advance(self, group: _Group, slot: _Slot) -> None:
         """Try candidates in *slot* until one is good, one has to be fetched, or none is left."""
-        while slot.candidate is not None:
+        while slot.candidate is not None and not (self._stopped and slot.stands_in):
             if self._try(group, slot, slot.candidate):
                 return
             _substitute(group, slot, slot.candidate)
@@ -291,18 +329,30 @@ class Unwrapper:
     # --- Reports --------------------------------------------------------------------------------
 
     def _report(self, code: int, reason: str, want: Want, further: list[str] | None = None) -> None:
+        if self._reported >= MAX_REPORTED:
+            # Not even read any more: thousands of ads may fail below thousands of errors.
+            self._keep(code, [], reason)
+            return
         uris = [
             uri for each in _path(want) for uri in (*each.group.document.errors, *each.ad.errors)
         ]
-        self._reports.append(Report(int(code), (*uris, *(further or ())), reason))
+        self._keep(code, [*uris, *(further or ())], reason)
 
     def _report_ad(self, code: int, reason: str, group: _Group, ad: Ad) -> None:
         """Report an ad that was refused before anything was fetched for it."""
-        own = [*group.document.errors, *ad.errors]
+        full = self._reported >= MAX_REPORTED
+        own = [] if full else [*group.document.errors, *ad.errors]
         if group.parent is None:
-            self._reports.append(Report(int(code), tuple(own), reason))
+            self._keep(code, own, reason)
         else:
             self._report(code, reason, group.parent, own)
+
+    def _keep(self, code: int, uris: list[str], reason: str) -> None:
+        """Keep a report, with as many of its *uris* as there is room for."""
+        told = uris[: MAX_REPORTED - self._reported]
+        self._reported += len(told)
+        self._unreported += len(uris) - len(told) or int(self._reported >= MAX_REPORTED)
+        self._reports.append(Report(int(code), tuple(told), reason))
 
     def __repr__(self) -> str:
         return f"<Unwrapper open: {len(self._open)}, fetched: {self._fetches}>"
@@ -366,27 +416,31 @@ def _unusable(ad: Ad, path: list[Want]) -> tuple[int, str] | None:
     return None
 
 
-def _codes(text: str) -> list[str]:
-    return [part for part in re.split(r"[\s,]+", text) if part]
+def _categories(ad: Ad, name: str) -> list[tuple[str | None, str]]:
+    """Read the categories in the elements called *name*: authority and code."""
+    found = (
+        (each.get("authority"), code)
+        for each in children(ad.body, name)
+        for code in re.split(r"[\s,]+", text_of(each))
+        if code
+    )
+    return list(islice(found, MAX_CATEGORIES))
 
 
 def _blocked(ad: Ad) -> tuple[tuple[str | None, str], ...]:
     """Read what a wrapper forbids (VAST 4.3 section 3.19.2)."""
-    return tuple(
-        (each.get("authority"), code)
-        for each in children(ad.body, "BlockedAdCategories")
-        for code in _codes(text_of(each))
-    )
+    return tuple(_categories(ad, "BlockedAdCategories"))
 
 
 def _violation(ad: Ad, blocked: tuple[tuple[str | None, str], ...]) -> str | None:
     """Find a category of *ad* that is blocked; an authority that is not said matches any."""
-    for each in children(ad.body, "Category"):
-        authority = each.get("authority")
-        for code in _codes(text_of(each)):
-            for by, forbidden in blocked:
-                if code == forbidden and (not by or not authority or by == authority):
-                    return code
+    authorities: dict[str, set[str | None]] = {}
+    for by, code in blocked:
+        authorities.setdefault(code, set()).add(by or None)
+    for authority, code in _categories(ad, "Category"):
+        by_whom = authorities.get(code)
+        if by_whom and (not authority or None in by_whom or authority in by_whom):
+            return code
     return None
 
 
@@ -394,10 +448,7 @@ def _absolute(base: str, reference: str) -> str:
     """Resolve *reference* against *base* (RFC 3986 section 5); an absolute one stays as it is."""
     if not reference or _ABSOLUTE.match(reference):
         return reference
-    try:
-        return urljoin(base, reference)
-    except ValueError:  # brackets where a host should be
-        return reference
+    return joined(base, reference)
 
 
 def _ads(group: _Group) -> list[tuple[ResolvedAd, bool]]:

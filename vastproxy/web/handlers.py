@@ -7,6 +7,7 @@ Rule 2: every answer, an empty one and an error too, carries the CORS headers of
 section 3: without them a player reports a network error instead of "no ad".
 """
 
+import socket
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from aiohttp import hdrs, web
@@ -27,7 +28,8 @@ def ad_request(
 ) -> AdRequest:
     """Read what the flow needs of *request*; *received* is a time on the loop's clock."""
     peer = request.remote or ""
-    believed = _is_trusted(peer, trusted)
+    # Of a connection that was reset at once, there is no address either: that is no Unix socket.
+    believed = _is_trusted(peer, trusted) if peer else _is_local(request)
     return AdRequest(
         route=route,
         rest=clean(rest),
@@ -52,9 +54,7 @@ def _raw_query(request: web.BaseRequest) -> str:
 
 
 def _is_trusted(peer: str, trusted: Networks) -> bool:
-    """Whether *peer* is one of ours. A Unix socket has no address: who may open it is trusted."""
-    if not peer:
-        return True
+    """Whether *peer*, an address, is one of ours."""
     if not trusted:
         return False
     try:
@@ -62,6 +62,12 @@ def _is_trusted(peer: str, trusted: Networks) -> bool:
     except ValueError:
         return False
     return any(address in network for network in trusted)
+
+
+def _is_local(request: web.BaseRequest) -> bool:
+    """Whether *request* came over a Unix socket: who may open it is trusted."""
+    opened = request.transport.get_extra_info("socket") if request.transport else None
+    return opened is not None and opened.family == socket.AF_UNIX
 
 
 def _device(headers: CIMultiDictProxy[str], peer: str, trusted: Networks | None) -> Device:
@@ -77,10 +83,10 @@ def _device(headers: CIMultiDictProxy[str], peer: str, trusted: Networks | None)
     chain = [part.strip() for part in listed if part.strip()]
     return Device(
         ip=_address(headers.get("X-Device-IP", "")) or _first_untrusted(chain, trusted) or peer,
-        user_agent=clean(headers.get("X-Device-User-Agent", agent)),
-        referer=clean(headers.get("X-Device-Referer", referer)),
-        accept_language=clean(headers.get("X-Device-Accept-Language", language)),
-        requested_with=clean(headers.get("X-Device-Requested-With", requested_with)),
+        user_agent=clean(headers.get("X-Device-User-Agent", "")) or agent,
+        referer=clean(headers.get("X-Device-Referer", "")) or referer,
+        accept_language=clean(headers.get("X-Device-Accept-Language", "")) or language,
+        requested_with=clean(headers.get("X-Device-Requested-With", "")) or requested_with,
         forwarded_for=", ".join([*chain, *([peer] if peer else [])]),
     )
 
@@ -104,7 +110,7 @@ def _address(text: str) -> str:
     elif host.count(":") == 1:
         host = host.partition(":")[0]
     try:
-        return str(ip_address(host))
+        return str(ip_address(host.partition("%")[0]))
     except ValueError:
         return ""
 
