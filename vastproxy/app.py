@@ -7,6 +7,7 @@ what they needed.
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -40,6 +41,9 @@ from vastproxy.web.server import Player, PlayerSettings
 
 BACKLOG = 1024
 """Connections that the kernel keeps waiting; the default of 128 drops some in a burst."""
+
+COLLECTOR = (20_000, 20, 50)
+"""Objects, and rounds, between looks of the garbage collector; Python's are 700, 10 and 10."""
 
 MAX_LINE = 16 * 1024
 """Bytes of a request line or header of a player: consent strings fill more than the usual 8 KB."""
@@ -241,4 +245,17 @@ async def serve(config: Config) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stop.set)
     async with served(config):
+        _calm_collector()
         await stop.wait()
+
+
+def _calm_collector() -> None:
+    """
+    Let the garbage collector look less often, and not at what lives as long as the process.
+
+    A request leaves no cycles behind, so there is little to find; with Python's own thresholds
+    looking for it takes a twentieth of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR)

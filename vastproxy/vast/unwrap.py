@@ -217,9 +217,11 @@ class Unwrapper:
         groups = [self._root]
         while groups:
             group = groups.pop()
-            groups += [each.resolved for each in group.slots if isinstance(each.resolved, _Group)]
+            for slot in group.slots:
+                if isinstance(slot.resolved, _Group):
+                    groups.append(slot.resolved)
+                slot.resolved = None
             group.slots.clear()
-            group.spare.clear()
         self._asked.clear()
         self._open.clear()
 
