@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from structlog.testing import capture_logs
 
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.documents import a_wrapper, an_inline
@@ -88,6 +89,74 @@ async def test_stale_socket_is_replaced(server: AdServer, tmp_path: Path) -> Non
     assert stat.S_ISSOCK(path.stat().st_mode)
     async with served(a_server_config(server, f"unix:{path}")):
         assert 200 == (await ask(path))[0]
+
+
+async def test_live_socket_is_not_replaced(server: AdServer, tmp_path: Path) -> None:
+    """Where a process answers on a socket a second one does not start, and the first goes on."""
+    path = tmp_path / "s"
+    config = a_server_config(server, f"unix:{path}")
+    async with served(config):
+        with pytest.raises(OSError, match="in use by a running process"):
+            async with served(config):
+                pass
+        assert 200 == (await ask(path))[0]
+        assert stat.S_ISSOCK(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+async def test_port_that_the_system_chose_is_told(server: AdServer, listen: str) -> None:
+    """Of port 0 the log tells the real one, in an address that can be asked."""
+    if listen.startswith("[") and not _has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    with capture_logs() as logs:
+        async with served(a_server_config(server, [listen, listen])):
+            told = [each["at"] for each in logs if each["event"] == "listening"]
+            statuses = [await _status(f"{place}/ad") for place in told[0]]
+
+    assert [200, 200] == statuses
+    assert 2 == len(set(told[0]))
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def _status(url: str) -> int:
+    async with aiohttp.ClientSession() as session, session.get(url) as reply:
+        return reply.status
+
+
+async def test_shutdown_takes_no_longer_than_said(server: AdServer, tmp_path: Path) -> None:
+    """A request that goes on for too long is cut after the configured time, and not twice that."""
+    server.replies["/one"] = Reply(an_inline(), delay=30)
+    found = a_config(
+        {"main": {"endpoint": server.url("/one"), "timeout": "20s"}},
+        [{"path": "/ad", "upstreams": ["main"], "deadline": "20s"}],
+        server={"listen": f"unix:{tmp_path}/s", "admin": None, "shutdown_timeout": "1s"},
+    )
+    clock = asyncio.get_running_loop().time
+    async with asyncio.TaskGroup() as group:
+        async with served(loaded(found)):
+            cut = group.create_task(_is_cut(tmp_path / "s"))
+            await server.wait_seen("/one")
+            began = clock()
+        took = clock() - began
+
+    assert cut.result()
+    assert 0.4 < took < 1.6
+
+
+async def _is_cut(path: Path) -> bool:
+    try:
+        await ask(path)
+    except aiohttp.ClientError:
+        return True
+    return False
 
 
 async def test_file_is_not_replaced(server: AdServer, tmp_path: Path) -> None:

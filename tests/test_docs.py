@@ -8,7 +8,7 @@ import pytest
 from vastproxy import errors
 from vastproxy.cli import main
 from vastproxy.config.schema import json_schema
-from vastproxy.flow import ad_server, reporter
+from vastproxy.flow import answer, reporter
 from vastproxy.web import server
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +37,8 @@ _WRITTEN_FLAGS = re.compile(r'words\["(\w+)"\]|_FLAGS\.get\([^)]*\), "(\w+)"|fla
 
 def flags() -> list[str]:
     """Collect the words of the access log: the table's, and those written beside it."""
-    found = set(ad_server._FLAGS.values())
-    for module in (ad_server, server):
+    found = set(answer._FLAGS.values())
+    for module in (answer, server):
         text = Path(str(module.__file__)).read_text(encoding="utf-8")
         for match in _WRITTEN_FLAGS.finditer(text):
             found |= set(re.findall(r"\w+", " ".join(filter(None, match.groups()))))

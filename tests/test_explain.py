@@ -11,7 +11,15 @@ from rich.console import Console
 
 from tests.support.ad_server import AdServer, Reply, in_thread
 from tests.support.documents import a_wrapper, an_inline
-from vastproxy.explain import Question, as_json, print_answer, resolved, trees, why_not
+from vastproxy.explain import (
+    Question,
+    as_json,
+    print_answer,
+    printable,
+    resolved,
+    trees,
+    why_not,
+)
 from vastproxy.flow.ad_server import Explained
 from vastproxy.upstream.headers import PROXY_USER_AGENT
 
@@ -108,6 +116,60 @@ async def test_tree_does_not_read_markup() -> None:
 
     assert "InLine [bold red]x[/bold red] (S)" in told
     assert "\x1b" not in told
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("ad (Łódź) 🎬 [bold]", "ad (Łódź) 🎬 [bold]"),
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("a\x9b31mb", r"a\x9b31mb"),
+        ("a\u202eb\u2066c\u200fd", r"a\u202eb\u2066c\u200fd"),
+        ("a\r\n\tb\x07\x7f", r"a\r\n\tb\x07\x7f"),
+        ("a\u2028b\ud800", r"a\u2028b\ud800"),
+        ("", ""),
+    ],
+)
+def test_printable(written: str, text: str) -> None:
+    """What can be printed stays; escapes, C1 and bidi characters and breaks are spelled out."""
+    assert text == printable(written)
+
+
+STEERING = "x\x9b31m\u202e\u2066\x85\u2028y"
+"""Characters that steer a terminal and may stand in XML 1.0."""
+
+
+async def test_tree_does_not_steer_a_terminal(server: AdServer) -> None:
+    """Names, addresses and reasons in the tree have no character that steers a terminal."""
+    server.replies["/dead"] = a_wrapper(f"http://{STEERING}/", ad=STEERING)
+    told = drawn(await explained(server, "/dead"))
+    wrapper = a_wrapper(server.url(f"/end?{STEERING}"), ad=STEERING, impressions=["http://i/"])
+    document = wrapper.replace(b"<AdSystem>S", f"<AdSystem>{STEERING}".encode())
+    told += drawn(await resolved(Question("file", document, allow=ALLOW)))
+
+    assert "ad last (S)" in told
+    assert rf"Wrapper {printable(STEERING)} ({printable(STEERING)})" in told
+    assert rf"{printable(STEERING)} ({printable(STEERING)}): merged 1 Impression" in told
+    assert [] == [each for each in told if not each.isprintable() and each != "\n"]
+
+
+async def test_reason_does_not_steer_a_terminal(
+    server: AdServer, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Nor has the reason on standard error."""
+    body = f"<BlockedAdCategories>{STEERING}</BlockedAdCategories>"
+    server.replies["/dead"] = a_wrapper(server.url("/end")).replace(
+        b"</Wrapper>", f"{body}</Wrapper>".encode()
+    )
+    server.replies["/end"] = an_inline().replace(
+        b"</InLine>", f"<Category>{STEERING}</Category></InLine>".encode()
+    )
+    answer = await explained(server, "/dead")
+    print_answer(answer, "vast")
+    text = capsysbinary.readouterr().err.decode().removesuffix("\n")
+
+    assert r"x\x9b31m\u202e\u2066" in text
+    assert text.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def as_json(answer: Explained) -> dict[str, Any]:
     return {
         "ads": len(answer.outcome.unwrapped.ads) if answer.outcome.unwrapped else 0,
         "hops": [asdict(each) for each in answer.hops],
-        "merged": [[_note_json(note) for note in notes] for notes in answer.notes],
+        "merged": [[_note_json(note) for note in notes] for notes in answer.outcome.notes],
         "reports": [asdict(each) for _, each in answer.outcome.reports],
         "vast": answer.body.decode(),
     }
@@ -124,7 +124,7 @@ def trees(answer: Explained) -> Iterable[Tree | Text]:
         yield root
     yield Text()
     unwrapped = answer.outcome.unwrapped
-    for ad, notes in zip(unwrapped.ads if unwrapped else (), answer.notes, strict=True):
+    for ad, notes in zip(unwrapped.ads if unwrapped else (), answer.outcome.notes, strict=True):
         place = f", {ad.sequence} in the pod" if ad.sequence else ""
         tree = Tree(
             Text(printable(f"ad {ad.inline.id or '-'} ({ad.inline.system or '-'}{place})"), "bold")

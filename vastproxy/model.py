@@ -111,8 +111,8 @@ class AdRequest:
     device: Device = field(default_factory=Device)
     request_id: str = ""
     """The id a trusted proxy gave this request; empty: one is made."""
-    received: float = 0.0
-    """When it came in, on the loop's monotonic clock, in seconds."""
+    received: float | None = None
+    """When it came in, on the loop's monotonic clock, in seconds; None: just now."""
 
     def header(self, name: str) -> str:
         """Give the value of header *name*, as text that can be encoded; empty for none."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from lxml import etree
+from structlog.testing import capture_logs
 
 from tests.support.ad_server import AdServer as Upstreams
 from tests.support.ad_server import Reply
@@ -26,7 +27,8 @@ from vastproxy.session.factory import SessionFactory
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
-from vastproxy.vast.unwrap import Policy
+from vastproxy.vast.merge import MAX_GROWTH
+from vastproxy.vast.unwrap import MAX_REPORTED, Policy
 
 NOW = 1_800_000_000.0
 LOOPBACK = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
@@ -291,6 +293,54 @@ async def test_report_carries_the_device(stage: Stage) -> None:
     assert ("TV", "192.0.2.1") == (ping.header("User-Agent"), ping.header("X-Device-IP"))
 
 
+def a_monster(stage: Stage, *, ads: int, errors: int) -> None:
+    """Answer with a pod of *ads*, each with *errors* of its own, and a wrapper that is too big."""
+    inside = [
+        "".join(f"<Error>{stage.error(f'{ad}-{number}')}</Error>" for number in range(errors))
+        for ad in range(ads)
+    ]
+    pod = "".join(
+        f'<Ad sequence="{at}"><InLine>{each}<Creatives/></InLine></Ad>'
+        for at, each in enumerate(inside, start=1)
+    )
+    huge = f"<Extensions><Extension>{'x' * (MAX_GROWTH // (ads - 1))}</Extension></Extensions>"
+    stage.web.replies |= {
+        "/one": a_wrapper(
+            stage.web.url("/pod"),
+            errors=[stage.error("w")],
+            attributes='allowMultipleAds="true"',
+            extra=huge,
+        ).replace(b"<Ad>", f"<Error>{stage.error('r')}</Error><Ad>".encode(), 1),
+        "/pod": f'<VAST version="3.0"><Error>{stage.error("s")}</Error>{pod}</VAST>'.encode(),
+    }
+
+
+async def test_answer_that_would_grow_too_large(stage: Stage) -> None:
+    """Ads that cannot be merged are no ads: all on their paths are told 300, each once."""
+    a_monster(stage, ads=12, errors=2)
+    response = await stage.answer(stage.route("one"))
+
+    assert [] == ids(response)
+    assert len(response.body) < 1000
+    assert ("no_ad", "wrapper_refused") == response.flags
+    own = {f"{ad}-{number}" for ad in range(12) for number in range(2)}
+    assert {"r", "w", "s", *own} == set(stage.told)
+    assert {("300",)} == {tuple(each) for each in stage.told.values()}
+
+
+async def test_few_are_told_of_ads_that_are_given_up(stage: Stage) -> None:
+    """However many errors they have, no more are told than for any other failure."""
+    a_monster(stage, ads=12, errors=MAX_REPORTED // 10)
+    with capture_logs() as logs:
+        await stage.answer(stage.route("one"))
+
+    assert MAX_REPORTED == sum(map(len, stage.told.values()))
+    assert "w" in stage.told
+    assert [("report.dropped", 12 * MAX_REPORTED // 10 + 3 - MAX_REPORTED)] == [
+        (each["event"], each["dropped"]) for each in logs if "dropped" in each
+    ]
+
+
 # --- What is answered ---------------------------------------------------------------------------
 
 
@@ -454,8 +504,8 @@ async def test_explaining_tells_all_and_reports_nothing(stage: Stage) -> None:
 
     assert [1, 2, 3, 4] == [each.number for each in told.hops]
     assert [301] == [report.code for _, report in told.outcome.reports]
-    assert [1] == [len(each) for each in told.notes]
-    assert 1 == told.notes[0][0].taken["Error"]
+    assert [1] == [len(each) for each in told.outcome.notes]
+    assert 1 == told.outcome.notes[0][0].taken["Error"]
     assert b'"last"' in told.body
     assert {} == stage.told
 

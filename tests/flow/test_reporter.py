@@ -176,6 +176,22 @@ async def test_failure_is_counted_and_logged(tasks: Tasks) -> None:
     ]
 
 
+async def test_log_tells_nothing_of_the_viewer(reporter: ErrorReporter, tasks: Tasks) -> None:
+    """The log of a failed report names its host, and nothing that was filled into its URL."""
+    url = "http://secret-user@127.0.0.2:9/secret-path?ip=secret-ip#secret"
+    with capture_logs() as logs:
+        reporter.send([a_ping(url)])
+        await tasks.wait_idle(5)
+    (line,) = logs
+
+    assert ("report.failed", "127.0.0.2", "r1") == (
+        line["event"],
+        line["host"],
+        line["request_id"],
+    )
+    assert "secret" not in repr(line)
+
+
 async def test_large_answer_was_a_hit(tasks: Tasks) -> None:
     """Whoever answers with more than a pixel has taken the report."""
     client = FakeClient(reply=UpstreamTooLargeError("large"))

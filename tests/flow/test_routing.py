@@ -162,6 +162,22 @@ def test_query_goes_on(which: object, taken: frozenset[str], goes_on: str) -> No
     assert goes_on == forwarded(Route("/", (), forward_query=which), RAW, taken)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("raw", ["%73lot=1", "s%6Cot=1&slot=2", "slo%74", "%73%6C%6F%74=%"])
+def test_encoded_name_is_the_same_name(raw: str) -> None:
+    """A name is compared as an ad server reads it: encoding it brings no second copy through."""
+    route = Route("/", (), forward_query="all")
+
+    assert "a=%73lot" == forwarded(route, f"{raw}&a=%73lot", frozenset({"slot"}))
+    assert f"{raw}" == forwarded(Route("/", (), forward_query=("slot",)), raw, NOBODY_TAKES)
+
+
+def test_name_that_is_no_utf8() -> None:
+    """A name that cannot be decoded is nobody's, and goes on."""
+    assert "%ff=1&a+b=2" == forwarded(
+        Route("/", ()), "%ff=1&a+b=2&c+d=3", frozenset({"slot", "c d"})
+    )
+
+
 def test_no_query_goes_on() -> None:
     """Without a query there is nothing to go on."""
     assert "" == forwarded(Route("/", ()), "", NOBODY_TAKES)

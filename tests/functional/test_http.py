@@ -76,6 +76,18 @@ def test_answer(proxy: Proxy, ads: AdServer) -> None:
     assert all(named)
 
 
+@pytest.mark.parametrize("size", [8_500, 12_000])
+def test_long_request(proxy: Proxy, ads: AdServer, size: int) -> None:
+    """Consent strings fill long request lines and headers: they are read, and go on."""
+    ads.replies["/first/a"] = an_inline()
+    target = f"/ads/a?gdpr_consent={'C' * size}"
+    answer = proxy.get(target, [("X-Long", "h" * size)])
+
+    assert 200 == answer.status
+    assert ["ad"] == ids(answer)
+    assert target.partition("?")[2] == ads.requests[0].query
+
+
 def test_request_id_of_stranger(proxy: Proxy, ads: AdServer) -> None:
     """The id that a stranger gives a request is not taken over."""
     ads.replies["/first/a"] = an_inline()

@@ -11,6 +11,7 @@ from vastproxy.session.cookies import (
     MAX_AGE,
     MAX_COOKIE_BYTES,
     MAX_COOKIES,
+    MAX_HEADER_BYTES,
     Cookie,
     CookieJar,
     parse_date,
@@ -475,6 +476,29 @@ def test_the_oldest_cookie_makes_room(jar: CookieJar) -> None:
 
     assert MAX_COOKIES == len(jar)
     assert "c2" == next(iter(jar)).name
+
+
+def test_a_flood_drives_out_nobody_else(jar: CookieJar) -> None:
+    """A hop that sets too many cookies loses its own oldest ones, and no other site loses any."""
+    stored(jar, "uid=1", "sid=2", host="ads.other.example")
+    stored(jar, *(f"c{number}=v" for number in range(60)))
+
+    assert "uid=1; sid=2" == sent(jar, "ads.other.example")
+    assert MAX_COOKIES == len(jar)
+    assert [f"c{number}=v" for number in range(12, 60)] == sent(jar).split("; ")
+
+
+@pytest.mark.parametrize("value", ["v" * 1_000, "v" * 3_990, "é" * 1_990])
+def test_a_header_is_no_longer_than_servers_take(jar: CookieJar, value: str) -> None:
+    """What would make the header too long is left out, later cookies first, and not named."""
+    stored(jar, *(f"c{number:02}={value}" for number in range(20)))
+    header = sent(jar)
+    names = jar.names_for(host="ads.example.com", path="/vast/tag", secure=True, now=NOW)
+
+    assert MAX_HEADER_BYTES - len(value.encode()) - 10 < len(header.encode()) <= MAX_HEADER_BYTES
+    assert names == tuple(pair.partition("=")[0] for pair in header.split("; "))
+    assert "c00" == names[0]
+    assert 20 == len(jar)
 
 
 def test_a_dead_cookie_makes_room_first(jar: CookieJar) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from vastproxy import __version__
 from vastproxy.model import AdRequest, Device
-from vastproxy.session.factory import SessionFactory, TimestampStyle, macros_of
+from vastproxy.session.factory import MAX_VALUE, SessionFactory, TimestampStyle, macros_of
 from vastproxy.session.session import Request
 from vastproxy.vast.macros import Macros
 
@@ -134,3 +134,19 @@ def test_route_knows_better(factory: SessionFactory) -> None:
     macros = known(factory, request)
 
     assert ("Phone", "a%20b") == (macros.get("DEVICEUA"), macros.get("IFA"))
+
+
+def test_values_are_bounded(factory: SessionFactory) -> None:
+    """Of what a player says, so much goes into a macro: page, agent, and what the route takes."""
+    long = "x" * (MAX_VALUE + 1)
+    request = a_request(user_agent=long, referer=f"http://p.example/{long}", macros={"IFA": long})
+    macros = known(factory, request)
+
+    assert "x" * MAX_VALUE == macros.get("DEVICEUA") == macros.get("IFA")
+    assert MAX_VALUE == len((macros.get("PAGEURL") or "").replace("%2F", "/").replace("%3A", ":"))
+    assert "p.example" == macros.get("DOMAIN")
+
+
+def test_value_at_the_bound_is_whole(factory: SessionFactory) -> None:
+    """The longest value that fits stays as it is."""
+    assert "x" * MAX_VALUE == known(factory, a_request(user_agent="x" * MAX_VALUE)).get("DEVICEUA")

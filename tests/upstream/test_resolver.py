@@ -1,7 +1,8 @@
 """Chains driven by real requests: at the same time, in time, and told hop by hop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+from collections.abc import AsyncIterator, Iterator
 from ipaddress import ip_network
 from typing import Any
 
@@ -10,15 +11,22 @@ import pytest
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.hostile import a_wrapper, an_inline, wrapper_element
 from vastproxy.config.template import Template
-from vastproxy.errors import NoAdError, UpstreamStatusError, VastSyntaxError
+from vastproxy.errors import NoAdError, UpstreamStatusError, VastproxyError, VastSyntaxError
 from vastproxy.model import AdRequest, HopReply
 from vastproxy.observe.trace import Hop, Trace
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Request, VastSession
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
-from vastproxy.upstream.resolver import PARSE_APART, Resolution, VastChainResolver, read
+from vastproxy.upstream.resolver import (
+    MAX_SIZE,
+    PARSE_APART,
+    Resolution,
+    VastChainResolver,
+    read,
+)
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.vast.document import VastDocument
 from vastproxy.vast.unwrap import Policy
 
 LOOPBACK = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
@@ -276,6 +284,81 @@ async def test_policy_is_kept(server: AdServer, client: AiohttpClient) -> None:
     assert 3 == len(server.requests)
     assert resolution.unwrapped is not None
     assert [302] == [each.code for each in resolution.unwrapped.reports]
+
+
+async def test_documents_are_bounded_in_all(server: AdServer, client: AiohttpClient) -> None:
+    """Past a size in all, what comes is refused with 300, and nothing stands in for it."""
+    large = an_inline("large").ljust(500_000)
+    fit = MAX_SIZE // len(large)
+    pod = a_pod(*(server.url(f"/{n}") for n in range(fit + 2))).decode()
+    spare = f'<Ad id="spare">{wrapper_element(server.url("/spare"))}</Ad>'
+    server.replies["/entry"] = pod.replace("</VAST>", f"{spare}</VAST>").encode()
+    server.fallback = large
+    resolution = await VastChainResolver().resolve(a_session(client, server, within=20, timeout=15))
+    assert resolution.unwrapped is not None
+
+    assert ["large"] * fit == ids(resolution)
+    assert [300, 300] == [each.code for each in resolution.unwrapped.reports]
+    assert {f"more than {MAX_SIZE} bytes in all"} == {
+        each.reason for each in resolution.unwrapped.reports
+    }
+    assert [] == server.seen("/spare")
+
+
+async def test_nothing_stands_in_after_the_deadline(
+    server: AdServer, client: AiohttpClient
+) -> None:
+    """What the deadline has ended is not replaced: there is no time to ask for anything."""
+    late = a_pod(server.url("/late"), server.url("/two")).decode()
+    spare = f'<Ad id="spare">{wrapper_element(server.url("/spare"))}</Ad>'
+    server.replies |= {
+        "/entry": late.replace("</VAST>", f"{spare}</VAST>").encode(),
+        "/late": Reply(an_inline("late"), delay=30),
+        "/two": an_inline("two"),
+        "/spare": an_inline("spare"),
+    }
+    session = a_session(client, server, within=0.4, timeout=10)
+    resolution = await VastChainResolver().resolve(session)
+
+    assert ["two"] == ids(resolution)
+    assert [(1, None, 0), (2, 1, 1), (3, 1, 1)] == places(session)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector away: only counts of references free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_documents_go_with_the_request(server: AdServer, client: AiohttpClient) -> None:
+    """No cycle keeps a document for the garbage collector, whatever came of the others."""
+    server.replies |= {
+        "/entry": a_pod(*(server.url(f"/{name}") for name in ("one", "gone", "bad", "deep"))),
+        "/one": an_inline("one"),
+        "/bad": b"<html/>",
+        "/deep": a_wrapper(server.url("/gone")),
+    }
+    assert ["one"] == ids(await VastChainResolver().resolve(a_session(client, server)))
+    assert 0 == sum(isinstance(each, VastDocument) for each in gc.get_objects())
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("reply", [b"<html/>", b"nonsense", Reply(status=404), Reply(reset=True)])
+@pytest.mark.parametrize("at", ["/entry", "/one"])
+async def test_failures_go_with_the_request(
+    server: AdServer, client: AiohttpClient, at: str, reply: Reply | bytes
+) -> None:
+    """What a failed hop was answered, up to the largest body, waits for no garbage collector."""
+    server.replies |= {"/entry": a_wrapper(server.url("/one")), at: reply}
+    resolution = await VastChainResolver().resolve(a_session(client, server))
+    del resolution
+
+    kinds = (VastDocument, VastproxyError, VastSession)
+    assert [] == [each for each in gc.get_objects() if isinstance(each, kinds)]
 
 
 def a_reply(body: bytes, status: int = 200, content_type: str = "") -> HopReply:

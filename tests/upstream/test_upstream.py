@@ -18,6 +18,7 @@ from vastproxy.errors import (
     UpstreamTimeoutError,
     UpstreamTooLargeError,
 )
+from vastproxy.flow.routing import Route, forwarded
 from vastproxy.model import AdRequest, Device, FrozenMapping, Query
 from vastproxy.observe.trace import Exchange
 from vastproxy.session.factory import SessionFactory
@@ -211,12 +212,64 @@ def test_player_may_name_no_other_host(make: Make, tag: str) -> None:
     assert 300 == refusal.value.vast_code
 
 
+@pytest.mark.parametrize(
+    ("tag", "url"),
+    [
+        ("http://x[CORRELATOR].example/a", "http://x77.example/a"),
+        ("http://x%255BCORRELATOR%255D.example/a", "http://x77.example/a"),
+        ("http://x77.example/?c=1", "http://x77.example/?c=77"),
+    ],
+)
+def test_host_is_checked_as_it_is_asked(make: Make, tag: str, url: str) -> None:
+    """The host that is checked is the one that is asked: macros and correlator are in it."""
+    upstream = make("{query.tag}", hosts=("x77.example",))
+    request = AdRequest("/", query=Query(f"tag={tag}"))
+
+    assert url == entry(upstream, request, correlator_params=("c",))
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        *("http://x[CORRELATOR].example/", "http://[CORRELATOR]@evil.example/"),
+        *("http://u;c=x@ads.example/", "http://u;c=x@ads.example/?c=1", "http://;c=@ads.example/"),
+        *("http://[PAGEURL].ads.example/", "http://%255BPAGEURL%255D/@ads.example/"),
+    ],
+)
+def test_nothing_filled_in_changes_the_host(make: Make, tag: str) -> None:
+    """What macros and correlator put in leads to no host that the operator did not list."""
+    upstream = make("{query.tag}", hosts=("ads.example", "*.ads.example"))
+    device = Device(referer="http://evil.example/")
+    request = AdRequest("/", query=Query(f"tag={tag}"), device=device)
+
+    with pytest.raises(UpstreamError) as refusal:
+        entry(upstream, request, correlator_params=("c",))
+    assert 300 == refusal.value.vast_code
+
+
 def test_taken_parameters(make: Make) -> None:
     """An upstream knows which of the player's parameters it sets itself or takes over."""
     upstream = make("http://a.example/?a={query.a}", params={"b": "{query.c}-{viewer}"})
 
     assert frozenset({"a", "b", "c"}) == upstream.taken_parameters
     assert "<VastUpstream main http://a.example/?a={query.a}>" == repr(upstream)
+
+
+@pytest.mark.parametrize(
+    ("sent", "goes_on"),
+    [
+        ("own=2&x=1", "x=1"),
+        ("ow%6E=2&x=1", "x=1"),
+        ("%6Fwn&x=1&slot=2&sl%6ft=3&Own=4", "x=1&Own=4"),
+        ("a%20b=2&a+b=3&x=1", "x=1"),
+        ("player=5&x=1", "x=1"),
+    ],
+)
+def test_no_parameter_is_sent_twice(make: Make, sent: str, goes_on: str) -> None:
+    """What the endpoint's query, its parameters or its placeholders say, no player says again."""
+    upstream = make("http://a.example/?own=1&a%20b=1&p={query.player}", params={"slot": "{viewer}"})
+
+    assert goes_on == forwarded(Route("/", ()), sent, upstream.taken_parameters)
 
 
 # --- Hops ---------------------------------------------------------------------------------------
@@ -392,6 +445,20 @@ async def test_starved_by_the_deadline(server: AdServer, make: Make) -> None:
 
     assert late.value.starved
     assert now() < deadline + 0.1
+
+
+async def test_nothing_is_asked_after_the_deadline(server: AdServer, make: Make) -> None:
+    """When the deadline has passed, no request goes out, and that is no fault of the ad server."""
+    server.replies["/a"] = b"ok"
+    upstream = make(server.url("/a"))
+    late = asyncio.get_running_loop().time() - 0.001
+    with pytest.raises(UpstreamTimeoutError) as error:
+        await fetch(upstream, server.url("/a"), a_session(upstream, deadline=late))
+    await fetch(upstream, server.url("/b"), a_session(upstream, deadline=late + 60))
+
+    assert error.value.starved
+    assert ["/b"] == [each.path for each in server.requests]
+    assert [1] == [each.connection for each in server.requests]
 
 
 async def test_cookies_come_back(server: AdServer, make: Make) -> None:

@@ -11,7 +11,7 @@ from vastproxy.errors import RedirectError
 from vastproxy.model import HopRequest
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
-from vastproxy.upstream.urls import extended, joined, target, with_parameter
+from vastproxy.upstream.urls import MAX_AUTHORITY, extended, joined, target, with_parameter
 
 KEPT = (
     "/a%2Fb%2f%3A?u=http%3A%2F%2Fx%2Fy%3Fz",
@@ -156,6 +156,9 @@ def test_userinfo_is_not_the_host() -> None:
         *("ftp://a.example/", "file:///etc/passwd", "unix:/run/x", "httpx://a.example/", "http"),
         *("http://", "http:///x", "http://?x", "http://#x", "http://:80/", "http://u@/x"),
         *("http://[::1/", "http://a.example:99999/", "http://a.example:x/", "http://\u200b/"),
+        *(f"http://a{each}b.example/" for each in "~!$&'()*+,;=|^`{}"),
+        *("http://a%41.example/", "http://a%2Fb.example/", "http://a%00.example/"),
+        *(f"http://{'u' * MAX_AUTHORITY}@a.example/", "http://" + "a." * MAX_AUTHORITY),
     ],
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
@@ -164,6 +167,16 @@ def test_what_is_no_url_is_refused(url: str) -> None:
         target(url)
 
     assert "\n" not in str(refusal.value)
+
+
+def test_longest_authority() -> None:
+    """User, host and port may be so long together, and no longer."""
+    rest = "@a_b-1.example:8080"
+    user = "u" * (MAX_AUTHORITY - len(rest))
+
+    assert "a_b-1.example" == target(f"http://{user}{rest}/x").host
+    with pytest.raises(RedirectError, match=f"{MAX_AUTHORITY + 1} characters"):
+        target(f"http://{user}u{rest}/x")
 
 
 @given(url=NEARLY_URLS)
@@ -264,9 +277,8 @@ def test_query_is_extended(url: str, result: str) -> None:
 
 
 @pytest.mark.parametrize(
-    # A question mark with nothing behind it is dropped by yarl, encoded or not.
     ("rest", "sent"),
-    [*((each, each) for each in KEPT if each != "/?"), *CHANGED],
+    [*((each, each) for each in KEPT), ("/p?", "/p?"), ("/p??", "/p??"), ("?", "/?"), *CHANGED],
 )
 async def test_wire_has_exactly_these_bytes(rest: str, sent: str) -> None:
     """What the client puts on the request line is what quoting gave, byte for byte."""

@@ -1,11 +1,14 @@
 """What a connection to an ad server refuses, over real sockets."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
+from random import Random
 
 import pytest
+import uvloop
 
 from vastproxy.errors import UpstreamError
 from vastproxy.model import HopReply, HopRequest
@@ -26,6 +29,7 @@ async def serving(serve: Serve) -> AsyncIterator[tuple[str, list[int]]]:
     numbers: list[int] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Number a connection, and serve it to its end."""
         numbers.append(len(numbers) + 1)
         try:
             await serve(reader, writer, numbers[-1])
@@ -72,6 +76,7 @@ async def test_endless_answers_end(client: AiohttpClient, start: bytes, piece: b
     sent = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
         nonlocal sent
         await head(reader)
         writer.write(start)
@@ -92,6 +97,7 @@ async def test_kept_connection_that_was_closed_is_replaced(client: AiohttpClient
     """A request that met a closed connection goes out again on a new one."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
         await head(reader)
         writer.write(ANSWER)
         await writer.drain()
@@ -112,6 +118,7 @@ async def test_fresh_connection_is_not_asked_twice(client: AiohttpClient, *, onc
     """A request that broke off on a new connection is not repeated: it may have been counted."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
         await head(reader)
         writer.transport.abort()
 
@@ -126,6 +133,7 @@ async def test_answer_that_had_begun_is_not_asked_for_again(client: AiohttpClien
     """A request on a kept connection whose answer had begun is not repeated."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
         await head(reader)
         writer.write(ANSWER)
         await head(reader)
@@ -148,6 +156,7 @@ async def test_unasked_bytes_end_a_connection(client: AiohttpClient) -> None:
     async def serve(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
     ) -> None:
+        """Serve one connection."""
         await head(reader)
         writer.write(ANSWER)
         await writer.drain()
@@ -165,3 +174,84 @@ async def test_unasked_bytes_end_a_connection(client: AiohttpClient) -> None:
 
     assert b"ok" == second.body
     assert [1, 2] == numbers
+
+
+async def test_flood_on_an_idle_connection_ends_it(client: AiohttpClient) -> None:
+    """Small complete answers without end are not collected: the first of them ends all."""
+    say, ended = asyncio.Event(), asyncio.Event()
+    sent = 0
+
+    async def serve(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> None:
+        """Serve one connection."""
+        nonlocal sent
+        await head(reader)
+        writer.write(ANSWER)
+        await writer.drain()
+        if number > 1:
+            return
+        await say.wait()
+        try:
+            while True:
+                writer.write(ANSWER * 100)
+                sent += 100 * len(ANSWER)
+                await writer.drain()
+        finally:
+            ended.set()
+
+    async with serving(serve) as (url, numbers), asyncio.timeout(ENOUGH):
+        await ask(client, url)
+        say.set()
+        await ended.wait()
+        second = await ask(client, url)
+
+    assert b"ok" == second.body
+    assert [1, 2] == numbers
+    assert sent < 4 * MAX_WIRE
+
+
+LARGE = 1_900_000
+"""Bytes of a body: near the most that config.yaml can allow, and many buffers of aiohttp's."""
+
+BODIES = {
+    "hardly compressed": Random(7).randbytes(LARGE // 2).hex().encode(),
+    "well compressed": (b"<Impression>http://a.example/i</Impression>\n" * 50_000)[:LARGE],
+}
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_large_compressed_body_on_a_kept_connection(
+    loop: Callable[[], asyncio.AbstractEventLoop], body: bytes
+) -> None:
+    """A body that is decoded in many steps is whole, and its connection is used again."""
+    packed = gzip.compress(body, mtime=0)
+    fields = f"Content-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
+    answers = (ANSWER, f"HTTP/1.1 200 OK\r\n{fields}".encode() + packed, ANSWER)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
+        for each in answers:
+            await head(reader)
+            writer.write(each)
+            await writer.drain()
+
+    async def asked() -> tuple[list[bytes], list[int]]:
+        """Ask for all three."""
+        policy = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
+        async with (
+            asyncio.timeout(ENOUGH),
+            AiohttpClient(policy) as client,
+            serving(serve) as (url, numbers),
+        ):
+            request = HopRequest(url, (), trusted=False, max_body=2 * 1024 * 1024)
+            ends = asyncio.get_running_loop().time() + 60
+            return [(await client.get(request, ends)).body for _ in answers], numbers
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        bodies, numbers = runner.run(asked())
+
+    assert [len(b"ok"), len(body), len(b"ok")] == [len(each) for each in bodies]
+    assert body == bodies[1]
+    assert [1] == numbers

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from vastproxy.vast.macros import (
     DEFAULT_SPELLINGS,
     MACROS,
+    MAX_ADDED,
+    MAX_URL,
     SPELLINGS,
     Context,
     Macros,
@@ -300,6 +302,26 @@ def test_fill_everywhere(filled: bytes, document: bytes) -> None:
     values = {b"CORRELATOR": b"1", b"TRANSACTIONID": b"[CORRELATOR]"}
 
     assert filled == fill_everywhere(document, values)
+
+
+def test_filling_is_bounded() -> None:
+    """A document that could grow by more than the bound is left as it is, and no other one."""
+    value = b"v" * 1024
+    most = b"[DEVICEUA]" * (MAX_ADDED // len(value))
+
+    assert MAX_ADDED == len(fill_everywhere(most, {b"DEVICEUA": value}))
+    assert most + b"[" == fill_everywhere(most + b"[", {b"DEVICEUA": value})
+
+
+def test_long_urls_are_left_alone() -> None:
+    """A URL that is longer than any server takes is not looked into."""
+    macro = "[TIMESTAMP]"
+    longest = "http://x/?t=".ljust(MAX_URL - len(macro), "a") + macro
+
+    assert longest.replace(macro, "1700000000000") == VALUES.fill_request(longest)
+    assert f"{longest}a" == VALUES.fill_request(f"{longest}a")
+    assert f"{longest}a" == VALUES.fill_known(f"{longest}a")
+    assert 8190 == MAX_URL
 
 
 def test_replace_few() -> None:

@@ -615,6 +615,78 @@ def test_too_many_trackers() -> None:
         chained(outer(too_many), inner)
 
 
+def a_pod(count: int, *, root: str = "") -> str:
+    """Write a pod of *count* InLines."""
+    ads = "".join(
+        f'<Ad sequence="{n}"><InLine>{linear(MEDIA)}</InLine></Ad>' for n in range(1, count + 1)
+    )
+    return f'<VAST version="4.2">{root}{ads}</VAST>'
+
+
+def before_a_pod(inside: str) -> str:
+    """Write a wrapper that a pod may follow, and that brings what is *inside*."""
+    return document("Wrapper", inside).replace("<Wrapper>", '<Wrapper allowMultipleAds="true">')
+
+
+HUGE = 500_000
+"""Bytes of one element: ten of it are beyond MAX_GROWTH, and five are not."""
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "<Extensions><Extension>{}</Extension></Extensions>",
+        "<Impression>{}</Impression>",
+        "<Error>{}</Error>",
+    ],
+)
+def test_one_huge_element(inside: str) -> None:
+    """One element is enough: it is weighed by its bytes, times the ads of the pod."""
+    entry = before_a_pod(inside.format("x" * HUGE))
+
+    assert 5 * HUGE < len(chained(entry, a_pod(5))) < 6 * HUGE
+    with pytest.raises(VastSchemaError, match=str(MAX_GROWTH)):
+        chained(entry, a_pod(10))
+
+
+@pytest.mark.parametrize("at", ["wrapper", "pod"])
+def test_huge_root_errors(at: str) -> None:
+    """Errors of a root, the wrapper's or the InLines' own, are weighed times the ads too."""
+    root = f"<Error>{'x' * HUGE}</Error>"
+    entry = before_a_pod("")
+    if at == "wrapper":
+        entry = entry.replace("<Ad>", f"{root}<Ad>")
+    own = root if at == "pod" else ""
+
+    assert 5 == chained(entry, a_pod(5, root=own)).count(b"x" * HUGE)
+    with pytest.raises(VastSchemaError, match=str(MAX_GROWTH)):
+        chained(entry, a_pod(10, root=own))
+
+
+def test_entry_alone_is_never_refused() -> None:
+    """An entry document without wrappers grows by nothing, whatever stands in its root."""
+    root = f"<Error>{'x' * HUGE}</Error>"
+    answer = chained(a_pod(50, root=root))
+
+    assert 1 == answer.count(b"x" * HUGE)
+    assert 50 == len(etree.fromstring(answer).findall("Ad"))
+
+
+def test_what_is_refused_is_left_whole() -> None:
+    """When a merge is refused, every element is still where it was."""
+    inside = f"<Impression>i</Impression><Error>{'x' * HUGE}</Error>{linear(MEDIA)}"
+    entry = parse(before_a_pod(inside).encode())
+    pod = parse(a_pod(10, root="<Error>root</Error>").encode())
+    unwrapper = Unwrapper(entry, ENTRY)
+    (want,) = unwrapper.wanted()
+    unwrapper.feed(want, pod, want.url)
+    before = [etree.tostring(each.root) for each in (entry, pod)]
+    with pytest.raises(VastSchemaError):
+        merge(unwrapper.result())
+
+    assert before == [etree.tostring(each.root) for each in (entry, pod)]
+
+
 def test_base() -> None:
     """The answer's root is that of the newest InLine."""
     ads = "".join(

@@ -1,7 +1,9 @@
 """Following chains: scripts of facts in, and decisions out."""
 
+import gc
 import time
 from collections import Counter
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -21,8 +23,15 @@ from tests.support.script import (
     wrapper,
 )
 from tests.support.trees import grow
+from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.parse import parse
-from vastproxy.vast.unwrap import MAX_FETCHES
+from vastproxy.vast.unwrap import (
+    MAX_CATEGORIES,
+    MAX_FETCHES,
+    MAX_REPORTED,
+    ResolvedAd,
+    Want,
+)
 
 SERVER = "http://ads.example"
 
@@ -175,6 +184,149 @@ def test_told_once() -> None:
 
     assert script.is_done
     assert [(101, "e:w e:a"), (101, "e:w e:b"), (301, "e:w e:x")] == script.reports()
+
+
+def many_errors(name: str, count: int) -> str:
+    """Write *count* error elements."""
+    return "".join(f"<Error>e:{name}{number}</Error>" for number in range(count))
+
+
+def test_few_are_told() -> None:
+    """Of one request's failures so many URIs are told, outermost first; the rest is counted."""
+    script = Script(wrapper("w", "u:1", body=many_errors("w", MAX_REPORTED + 49))).fail("u:1")
+    result = script.unwrapper.result()
+    (report,) = result.reports
+
+    assert MAX_REPORTED == len(report.uris)
+    assert ("e:w", "e:w0") == report.uris[:2]
+    assert 50 == result.unreported
+
+
+def test_few_are_told_in_all() -> None:
+    """Every failure is still a report with its code, also when nobody is told any more."""
+    ads = [broken(f"a{n}", seq=n + 1) for n in range(300)]
+    script = Script(response(*ads, errors=tuple(f"e:r{n}" for n in range(300))))
+    result = script.unwrapper.result()
+
+    assert [101] * 300 == [each.code for each in result.reports]
+    assert MAX_REPORTED == sum(len(each.uris) for each in result.reports)
+    assert MAX_REPORTED == len(result.reports[0].uris)
+    assert result.unreported >= 101
+
+
+def test_few_are_told_below_a_wrapper() -> None:
+    """The bound is for a whole tree: what fails below a wrapper counts with the rest."""
+    script = Script(wrapper("w", "u:1", multiple="true", body=many_errors("w", 60)))
+    script.feed("u:1", *(broken(f"a{n}", seq=n + 1) for n in range(10)))
+    result = script.unwrapper.result()
+
+    assert [62, 62, 62, 14, *[0] * 6] == [len(each.uris) for each in result.reports]
+    assert result.unreported >= 48
+
+
+def test_all_are_told() -> None:
+    """Up to the bound nothing is left out, and nothing is said to be."""
+    script = Script(wrapper("w", "u:1", body=many_errors("w", MAX_REPORTED - 1))).fail("u:1")
+
+    assert MAX_REPORTED == len(script.unwrapper.result().reports[0].uris)
+    assert 0 == script.unwrapper.result().unreported
+
+
+# --- Out of time --------------------------------------------------------------------------------
+
+
+def test_stopped() -> None:
+    """Stopped, nothing stands in for what fails; what is there stays, and all is told."""
+    script = Script(wrapper("w", "u:1", seq=1), inline("b", seq=2), inline("s"))
+    script.unwrapper.stop()
+    script.fail("u:1")
+
+    assert script.is_done
+    assert ["b#1"] == script.ads()
+    assert [(301, "e:w")] == script.reports()
+
+
+def test_stopped_in_a_buffet() -> None:
+    """Stopped, a wrapper that has another one beside it asks for nothing more."""
+    script = Script(wrapper("w", "u:1"), wrapper("x", "u:2"))
+
+    assert ["u:1"] == script.wants()
+
+    script.unwrapper.stop()
+
+    assert [] == script.fail("u:1").wants()
+    assert script.is_done
+
+
+def test_stopped_with_a_stand_in_under_way() -> None:
+    """What stood in before the stop may still come."""
+    script = Script(broken("a", seq=1), inline("b", seq=2), wrapper("s", "u:s"))
+
+    assert ["u:s"] == script.wants()
+
+    script.unwrapper.stop()
+
+    assert ["s>c#1", "b#2"] == script.feed("u:s", inline("c")).ads()
+
+
+# --- Letting go ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector away: only counts of references free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def alive() -> Counter[str]:
+    """Count what a tree of wrappers is made of, all over the process."""
+    kinds = (Ad, VastDocument, Want, ResolvedAd)
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, kinds))
+
+
+def played() -> Script:
+    """Make a script with all there is: a pod, a stand-in, failures, and something left open."""
+    script = Script(
+        *(wrapper("w", "u:1", seq=1, multiple="true"), wrapper("x", "u:2", seq=2)),
+        *(wrapper("y", "u:3", seq=3), inline("s")),
+    )
+    script.feed("u:1", wrapper("z", "u:4", seq=1), broken("a", seq=2)).feed("u:4", inline("c"))
+    return script.fail("u:2")
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_released() -> None:
+    """Released, a tree goes with its result: no cycle keeps it for the garbage collector."""
+    before = alive()
+    script = played()
+    unwrapper, result = script.unwrapper, script.unwrapper.result()
+    del script
+    unwrapper.release()
+    del unwrapper
+
+    assert ["c", "s"] == [each.inline.id for each in result.ads]
+    assert before != alive()
+
+    del result
+
+    assert before == alive()
+
+
+def test_result_outlives_the_release() -> None:
+    """What was taken before is whole after the release."""
+    script = played()
+    result = script.unwrapper.result()
+    before = [path_of(each) for each in result.ads], [told(each) for each in result.reports]
+    script.unwrapper.release()
+
+    assert (["w>z>c#1", "s#2"], [(101, "e:w e:a"), (301, "e:x")]) == before
+    assert before == (
+        [path_of(each) for each in result.ads],
+        [told(each) for each in result.reports],
+    )
 
 
 # --- Depth and loops ----------------------------------------------------------------------------
@@ -590,6 +742,44 @@ def test_blocked_categories_of_other_chains() -> None:
     script.feed("u:1", inline("b", body=category("2")))
 
     assert ["w>b#1", "a#2"] == script.ads()
+
+
+def codes(count: int, kind: str = "c") -> str:
+    """Write *count* category codes."""
+    return ",".join(f"{kind}{number}" for number in range(count))
+
+
+def test_so_many_categories_are_read() -> None:
+    """Of one level so many codes are read, in their order; each level has its own bound."""
+    script = Script(wrapper("w", "u:1", body=blocks(codes(MAX_CATEGORIES + 1))))
+
+    assert codes(MAX_CATEGORIES).split(",") == list(script.want("u:1").blocked_categories)
+
+    script.feed("u:1", wrapper("x", "u:2", body=blocks(codes(3, "d"))))
+
+    assert MAX_CATEGORIES + 3 == len(script.want("u:2").blocked_categories)
+    assert ["w>x>a"] == script.feed("u:2", inline("a", body=category(f"c{MAX_CATEGORIES}"))).ads()
+
+
+def test_last_category_that_is_read() -> None:
+    """The last code within the bound blocks, and is found as the last of an ad's."""
+    last = MAX_CATEGORIES - 1
+    own = [f"o{number}" for number in range(last)] + [f"c{last}"]
+    script = Script(wrapper("w", "u:1", body=blocks(codes(MAX_CATEGORIES + 1))))
+
+    assert [(205, "e:w e:a")] == script.feed(
+        "u:1", inline("a", body=category(",".join(own)))
+    ).reports()
+
+
+def test_many_categories() -> None:
+    """Thousands of codes on both sides take time in proportion to their number."""
+    script = Script(wrapper("w", "u:1", body=blocks(codes(20_000))))
+    ad = inline("a", body=category(codes(20_000, "o")))
+    began = time.process_time()
+
+    assert ["w>a"] == script.feed("u:1", ad).ads()
+    assert 2.0 > time.process_time() - began
 
 
 # --- Width --------------------------------------------------------------------------------------
