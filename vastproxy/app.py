@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import structlog
@@ -166,7 +166,8 @@ async def _open(runner: web.BaseRunner, place: Listen) -> str:
     site = web.TCPSite(runner, place.host or None, place.port, backlog=BACKLOG)
     await site.start()
     # Of port 0 the system chose one.
-    return f"http://{place}" if place.port else f"http://{place.host}:{runner.addresses[-1][1]}"
+    port = place.port or runner.addresses[-1][1]
+    return f"http://{replace(place, port=port)}"
 
 
 def _remove_stale_socket(path: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -339,6 +340,24 @@ async def test_few_are_told_of_ads_that_are_given_up(stage: Stage) -> None:
     assert [("report.dropped", 12 * MAX_REPORTED // 10 + 3 - MAX_REPORTED)] == [
         (each["event"], each["dropped"]) for each in logs if "dropped" in each
     ]
+
+
+async def test_giving_up_a_wide_pod_is_quick(stage: Stage) -> None:
+    """A wrapper's thousands of errors are read once, however many ads are behind it."""
+    error = f"<Error>{stage.error('w')}</Error>"
+    pod = "".join(f'<Ad sequence="{n}"><InLine><Creatives/></InLine></Ad>' for n in range(1, 1001))
+    stage.web.replies |= {
+        "/one": a_wrapper(
+            stage.web.url("/pod"), attributes='allowMultipleAds="true"', extra=error * 7_000
+        ),
+        "/pod": f'<VAST version="3.0">{pod}</VAST>'.encode(),
+    }
+    began = time.process_time()
+    response = await stage.answer(stage.route("one"))
+
+    assert [] == ids(response)
+    assert {"w": ["300"]} == stage.told
+    assert 1.5 > time.process_time() - began
 
 
 # --- What is answered ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vastproxy.errors import UpstreamError, VastError
-from vastproxy.flow.answer import Outcome, passed, response, to_tell, written
+from vastproxy.flow.answer import Outcome, bounded, passed, response, to_tell, written
 from vastproxy.flow.reporter import ErrorReporter, Ping
 from vastproxy.flow.routing import Route, cookies, forwarded, found, macro_values, viewer_of
 from vastproxy.model import AdRequest, AdResponse
@@ -136,8 +136,9 @@ class AdServer:
 
     def _report(self, route: Route, outcome: Outcome) -> None:
         """Tell ad servers what failed, but for what the answer leaves to the player."""
-        pings = (ping for each in to_tell(route, outcome) for ping in _pings(*each))
-        self._reporter.send(pings, outcome.unreported)
+        reports, cut = bounded(to_tell(route, outcome))
+        pings = (ping for each in reports for ping in _pings(*each))
+        self._reporter.send(pings, outcome.unreported + cut)
 
     def __repr__(self) -> str:
         return f"<AdServer {self._reporter!r}>"

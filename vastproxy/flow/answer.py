@@ -4,7 +4,7 @@ What is answered: the outcome of asking, and the writing of it.
 Everything here is decided from the outcome alone: nothing waits, and nobody is told.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vastproxy.errors import VastError
 from vastproxy.flow.routing import Route
@@ -60,7 +60,7 @@ class Outcome:
     """The ads, their wrappers merged into them; None also where a document is passed through."""
     notes: tuple[tuple[MergeNote, ...], ...] = ()
     """What each wrapper gave to each ad, outermost wrapper first."""
-    reports: list[tuple[VastSession, Report]] = field(default_factory=list)
+    reports: "Telling" = field(default_factory=list)
     """Failures on the way, and whose they were."""
     unreported: int = 0
     """<Error> URIs beyond what is told of one ad request."""
@@ -94,12 +94,13 @@ class Outcome:
 
     def _refuse(self, session: VastSession, unwrapped: Unwrapped, reason: str) -> None:
         """Give up ads that cannot be merged, and let everybody on their paths be told."""
-        uris = [
-            uri for ad in unwrapped.ads for each in (*ad.wrappers, ad.inline) for uri in each.errors
-        ]
+        # Each once: a wrapper's thousands of errors are not read again for each ad of a pod.
+        levels = {id(each): each for ad in unwrapped.ads for each in (*ad.wrappers, ad.inline)}
+        documents = {id(each.document): each.document for each in levels.values()}
+        uris = [uri for document in documents.values() for uri in document.errors]
+        uris += [uri for ad in levels.values() for uri in ad.errors]
         told = tuple(dict.fromkeys(uris))
-        self.unreported += len(told[MAX_REPORTED:])
-        self.reports.append((session, Report(VastCode.WRAPPER, told[:MAX_REPORTED], reason)))
+        self.reports.append((session, Report(VastCode.WRAPPER, told, reason)))
 
     def pass_on(self, session: VastSession, document: VastDocument) -> bool:
         """Add a document that is to be passed through; True if it has an ad."""
@@ -111,7 +112,23 @@ class Outcome:
         return True
 
 
-def to_tell(route: Route, outcome: Outcome) -> list[tuple[VastSession, Report]]:
+Telling = list[tuple[VastSession, Report]]
+"""Failures, and the sessions whose they are."""
+
+
+def bounded(reports: Telling) -> tuple[Telling, int]:
+    """Cut *reports* to MAX_REPORTED URIs in all; give also how many were cut."""
+    kept: Telling = []
+    room, cut = MAX_REPORTED, 0
+    for session, report in reports:
+        uris = report.uris[:room]
+        room -= len(uris)
+        cut += len(report.uris) - len(uris)
+        kept.append((session, replace(report, uris=uris)))
+    return kept, cut
+
+
+def to_tell(route: Route, outcome: Outcome) -> Telling:
     """Give the failures that the proxy reports, and not the player."""
     if outcome.session is not None:
         # Of the upstreams that had nothing, the player never hears.

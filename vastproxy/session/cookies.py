@@ -311,7 +311,7 @@ def _fitting(cookies: list[Cookie]) -> list[Cookie]:
     room = MAX_HEADER_BYTES
     fitting = []
     for each in cookies:
-        room -= len(each.name) + len(each.value) + 3
+        room -= len(each.name.encode()) + len(each.value.encode()) + 3
         if room < 0:
             break
         fitting.append(each)

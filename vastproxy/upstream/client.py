@@ -115,7 +115,7 @@ class AiohttpClient:
             async with asyncio.timeout_at(deadline):
                 return await self._exchange(request)
         except TimeoutError:
-            raise UpstreamTimeoutError("no whole answer in time") from None
+            raise UpstreamTimeoutError("no whole answer") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _mapped(error) from error
 

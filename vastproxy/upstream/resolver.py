@@ -110,7 +110,10 @@ class VastChainResolver:
             raise
         outcome = await _fetch(session, place, place.url, trusted=True)
         if not isinstance(outcome, _Document):
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome  # its traceback has this frame
         return Entry(outcome.document, outcome.url, outcome.body, place.number)
 
     async def resolve_document(
@@ -216,7 +219,8 @@ async def _fetch(
         fetched = await session.upstream.fetch(session, url, exchanges, trusted=trusted)
         outcome = _Document(await read(fetched.reply), fetched.url, fetched.reply.body)
     except (UpstreamError, VastError) as raised:
-        outcome = raised
+        # Without its traceback, which has this frame: a cycle that would keep the whole body.
+        outcome = raised.with_traceback(None)
     took = (perf_counter() - began) * 1000
     found = outcome.document if isinstance(outcome, _Document) else None
     error = None if isinstance(outcome, _Document) else outcome

@@ -187,7 +187,8 @@ class VastUpstream:
             try:
                 reply = await hop.ask(place, sent, trusted=trusted)
             except UpstreamTimeoutError as error:
-                raise UpstreamTimeoutError(error.reason, starved=starved) from None
+                when = "before the deadline" if starved else f"in {self.settings.timeout:g} s"
+                raise UpstreamTimeoutError(f"{error.reason} {when}", starved=starved) from None
             if reply.status not in _REDIRECTS:
                 return Fetched(reply, place.url)
             url = joined(place.url, reply.header("location") or "")

@@ -23,7 +23,7 @@ _PARTS = re.compile(r"(?i:(https?)):/{0,2}([^/?#\\]*)([^#]*)")
 MAX_AUTHORITY = 512
 """Characters of user, host and port: a host has 253 at the most (RFC 1035 section 2.3.4)."""
 # A name as it is asked for in DNS, with the underscore that some use; or an IPv6 address.
-_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~-]+)?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 

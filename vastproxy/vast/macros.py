@@ -36,6 +36,9 @@ _RT = _R | _T
 MAX_URL = 8_190
 """Characters of a URL that is looked into: the longest line that aiohttp's parser takes."""
 
+MAX_FILLED = 64 * 1024
+"""Characters of a URL with its macros filled; one that would be longer is left as it is."""
+
 MAX_ADDED = 1024 * 1024
 """Bytes that filling macros everywhere may add to a document."""
 
@@ -314,7 +317,8 @@ class Macros:
                 return macro.missing if missing else whole
             return value
 
-        return how.pattern.sub(replaced, url)
+        filled = how.pattern.sub(replaced, url)
+        return filled if len(filled) <= MAX_FILLED else url
 
 
 def _is_nested(url: str, at: int) -> bool:

@@ -333,6 +333,7 @@ class Unwrapper:
     def _report(self, code: int, reason: str, want: Want, further: list[str] | None = None) -> None:
         if self._reported >= MAX_REPORTED:
             # Not even read any more: thousands of ads may fail below thousands of errors.
+            self._unreported += 1
             self._keep(code, [], reason)
             return
         uris = [
@@ -345,6 +346,7 @@ class Unwrapper:
         full = self._reported >= MAX_REPORTED
         own = [] if full else [*group.document.errors, *ad.errors]
         if group.parent is None:
+            self._unreported += int(full)
             self._keep(code, own, reason)
         else:
             self._report(code, reason, group.parent, own)
@@ -353,7 +355,7 @@ class Unwrapper:
         """Keep a report, with as many of its *uris* as there is room for."""
         told = uris[: MAX_REPORTED - self._reported]
         self._reported += len(told)
-        self._unreported += len(uris) - len(told) or int(self._reported >= MAX_REPORTED)
+        self._unreported += len(uris) - len(told)
         self._reports.append(Report(int(code), tuple(told), reason))
 
     def __repr__(self) -> str:
