@@ -329,6 +329,29 @@ async def test_answer_that_would_grow_too_large(stage: Stage) -> None:
     assert {("300",)} == {tuple(each) for each in stage.told.values()}
 
 
+async def test_next_upstream_is_asked_for_what_cannot_be_merged(stage: Stage) -> None:
+    """Ads that cannot be merged are followed by the next upstream's, as if there were none."""
+    a_monster(stage, ads=12, errors=1)
+    stage.web.replies["/two"] = an_inline("second")
+    response = await stage.answer(stage.route("one", "two"))
+
+    assert ["second"] == ids(response)
+    assert ("two", 1) == (response.upstream, response.ads)
+    assert ["300"] == stage.told["w"]
+
+
+async def test_bound_of_reports_is_for_the_whole_request(stage: Stage) -> None:
+    """Two upstreams that fail are told no more together than one would be."""
+    errors = [stage.error(f"e{number}") for number in range(MAX_REPORTED - 50)]
+    for name in ("one", "two"):
+        stage.web.replies[f"/{name}"] = a_wrapper(stage.web.url("/gone"), errors=errors)
+    with capture_logs() as logs:
+        await stage.answer(stage.route("one", "two"))
+
+    assert MAX_REPORTED == sum(map(len, stage.told.values()))
+    assert [MAX_REPORTED - 100] == [each["dropped"] for each in logs if "dropped" in each]
+
+
 async def test_few_are_told_of_ads_that_are_given_up(stage: Stage) -> None:
     """However many errors they have, no more are told than for any other failure."""
     a_monster(stage, ads=12, errors=MAX_REPORTED // 10)

@@ -13,6 +13,7 @@ from vastproxy.vast.macros import (
     DEFAULT_SPELLINGS,
     MACROS,
     MAX_ADDED,
+    MAX_FILLED,
     MAX_URL,
     SPELLINGS,
     Context,
@@ -322,6 +323,15 @@ def test_long_urls_are_left_alone() -> None:
     assert f"{longest}a" == VALUES.fill_request(f"{longest}a")
     assert f"{longest}a" == VALUES.fill_known(f"{longest}a")
     assert 8190 == MAX_URL
+
+
+def test_filled_urls_do_not_explode() -> None:
+    """A URL that its values would make enormous is left as it is."""
+    macros = Macros({"PAGEURL": "x" * 2048})
+    few, many = "http://x/?" + "[PAGEURL]" * 31, "http://x/?" + "[PAGEURL]" * 33
+
+    assert 31 * 2048 < len(macros.fill_request(few)) <= MAX_FILLED
+    assert many == macros.fill_request(many)
 
 
 def test_replace_few() -> None:
