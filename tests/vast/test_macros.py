@@ -27,7 +27,7 @@ from vastproxy.vast.macros import (
 
 REGISTRY = Path(__file__).parents[2].parent / "shared" / "corpus" / "iab-xsd" / "macros-data.json"
 OWN = {"BREAKMINDURATION", "CORRELATOR"}
-"""Known here without being registered (VAST.md 5.2 and 4.4)."""
+"""Known here without being registered (docs/vast.md, section 7)."""
 
 CONTEXTS = {
     "All tracking pixels": Context.TRACKING,

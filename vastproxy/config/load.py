@@ -37,6 +37,8 @@ MAX_DEPTH: Final = 50
 """Levels of nesting, aliases followed. The schema has six."""
 MAX_VALUES: Final = 100_000
 """Values, aliases followed. Thousands of routes have fewer."""
+NEAR: Final = 0.7
+"""How alike two names must be for one to be proposed for the other: 'deadline' is no 'admin'."""
 MOST_COMPARED: Final = 200
 """Names among which the nearest to a misspelt one is looked for."""
 MOST_LISTED: Final = 20
@@ -372,7 +374,7 @@ def _unknown_setting(name: str, names: tuple[str, ...]) -> str:
 
 
 def _advice(name: str, names: tuple[str, ...]) -> str:
-    near = get_close_matches(name[:LONGEST_SHOWN], names[:MOST_COMPARED], n=1)
+    near = get_close_matches(name[:LONGEST_SHOWN], names[:MOST_COMPARED], n=1, cutoff=NEAR)
     if near:
         return f"did you mean '{near[0]}'?"
     more = ", ..." if len(names) > MOST_LISTED else ""

@@ -387,7 +387,13 @@ class Server(Settings):
                     f"'{each}' can be reached from other machines, and this version has no "
                     "password for it (write 127.0.0.1:8081, unix:/run/admin.sock or null)"
                 )
-        _check_clashes((*info.data.get("listen", ()), *value))
+        for each in value:
+            if any(each.clashes(other) for other in info.data.get("listen", ())):
+                raise ValueError(
+                    f"'{each}' is taken by `listen` (write another port, or admin: null; where "
+                    "nothing is written, it is 127.0.0.1:8081)"
+                )
+        _check_clashes(value)
         return value
 
 
