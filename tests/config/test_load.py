@@ -183,7 +183,7 @@ OTHER_MISTAKES = """
 server: {workers: 2}
 server.workers: 2 workers: this version runs one process (write 1)
 server: {admin: 127.0.0.1:8080}
-server.admin: '127.0.0.1:8080' is taken by `listen` (write another port, or admin: null; where nothing is written, it is 127.0.0.1:8081)
+server.admin: '127.0.0.1:8080' is taken by `listen` (write admin: null, or another port)
 server: {listen: ['unix:/a', 'unix:/a']}
 server.listen: 'unix:/a' is taken by 'unix:/a' (write another port or path)
 server: {listen: 'unix:a'}

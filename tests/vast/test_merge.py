@@ -687,6 +687,22 @@ def test_what_is_refused_is_left_whole() -> None:
     assert before == [etree.tostring(each.root) for each in (entry, pod)]
 
 
+def test_large_pod_of_wrappers_is_no_growth() -> None:
+    """Wrappers of one large document that lead to an ad each are moved, and refused for nothing."""
+    trackers = "<Tracking event='start'>o</Tracking>" * 300
+    events = linear(f"<TrackingEvents>{trackers}</TrackingEvents>")
+    ads = "".join(
+        f'<Ad sequence="{n}"><Wrapper>{events}<VASTAdTagURI>u:{n}</VASTAdTagURI></Wrapper></Ad>'
+        for n in range(1, 31)
+    )
+    entry = f'<VAST version="4.2">{ads}</VAST>'.encode()
+    inner = document("InLine", linear(MEDIA)).encode()
+    answer = etree.fromstring(written(unwrapped(entry, ENTRY, lambda url: (inner, url))))
+
+    assert MAX_GROWTH < len(entry) * 29
+    assert [300] * 30 == [len(list(ad.iter("Tracking"))) for ad in answer.iterfind("Ad")]
+
+
 def test_base() -> None:
     """The answer's root is that of the newest InLine."""
     ads = "".join(

@@ -390,8 +390,7 @@ class Server(Settings):
         for each in value:
             if any(each.clashes(other) for other in info.data.get("listen", ())):
                 raise ValueError(
-                    f"'{each}' is taken by `listen` (write another port, or admin: null; where "
-                    "nothing is written, it is 127.0.0.1:8081)"
+                    f"'{each}' is taken by `listen` (write admin: null, or another port)"
                 )
         _check_clashes(value)
         return value

@@ -25,6 +25,7 @@ from lxml import etree
 
 from vastproxy.errors import VastSchemaError
 from vastproxy.vast.document import (
+    Ad,
     VastDocument,
     child,
     children,
@@ -108,17 +109,26 @@ def merge(unwrapped: Unwrapped) -> tuple[tuple[MergeNote, ...], ...]:
 def _refuse_too_large(unwrapped: Unwrapped, targets: list["_Target"]) -> None:
     """Raise VastSchemaError, before anything is moved, where copies would make an answer huge."""
     places: Counter[int] = Counter()
+    wrappers: dict[int, Ad] = {}
+    roots: Counter[int] = Counter()
     documents: dict[int, VastDocument] = {}
     for ad, target in zip(unwrapped.ads, targets, strict=True):
-        holders = [each.document for each in ad.wrappers]
-        if next(children(ad.inline.document.root, "Error"), None) is not None:
-            holders.append(ad.inline.document)
-        for document in holders:
-            places[id(document)] += target.places
-            documents[id(document)] = document
-    growth = sum(each.size * (places[key] - 1) for key, each in documents.items())
+        for level in (*ad.wrappers, ad.inline):
+            roots[id(level.document)] += 1
+            documents[id(level.document)] = level.document
+        for wrapper in ad.wrappers:
+            places[id(wrapper)] += target.places
+            wrappers[id(wrapper)] = wrapper
+    # What goes to one place is moved: only the others are measured.
+    growth = sum(_size_of(wrappers[key].body) * (n - 1) for key, n in places.items() if n > 1)
+    for key, document in documents.items():
+        growth += sum(map(_size_of, document.error_elements)) * roots[key]
     if growth > MAX_GROWTH:
         raise VastSchemaError(f"merging would add {growth} bytes, more than {MAX_GROWTH}")
+
+
+def _size_of(element: etree._Element) -> int:
+    return len(etree.tostring(element, with_tail=False))
 
 
 class _Target:
