@@ -10,12 +10,15 @@ Every exception of vastproxy, drawn as one tree.
     │   ├── VastSchemaError     101: well-formed, but no VAST that can be followed
     │   ├── VastVersionError    102: a version that is not understood (VAST 1.x)
     │   └── NoAdError           303: the HTTP status says that there is no ad
-    └── UpstreamError           an ad server could not be asked, or did not answer as one
-        ├── UpstreamTimeoutError    301: no answer in time
-        ├── UpstreamStatusError     301: an HTTP status that is no success
-        ├── UpstreamTooLargeError   301: the body passes the cap
-        ├── RedirectError           300: too many redirects, or one that leads nowhere
-        └── EgressBlockedError      300: an address that hops may not reach
+    ├── UpstreamError           an ad server could not be asked, or did not answer as one
+    │   ├── UpstreamTimeoutError    301: no answer in time
+    │   ├── UpstreamStatusError     301: an HTTP status that is no success
+    │   ├── UpstreamTooLargeError   301: the body passes the cap
+    │   ├── RedirectError           300: too many redirects, or one that leads nowhere
+    │   └── EgressBlockedError      300: an address that hops may not reach
+    ├── StateBackendError       the state backend did not do what it was asked
+    │   └── StateAwayError      it cannot be reached, or did not answer in time
+    └── TokenError              a sealed token is forged, of somebody else, or expired
 
 The VAST code of a failure is on its class: who reports an error does not decide on it again.
 """
@@ -120,3 +123,15 @@ class EgressBlockedError(UpstreamError):
     """A URL or an address that a third party may not send the proxy to."""
 
     vast_code = 300
+
+
+class StateBackendError(VastproxyError):
+    """The state backend did not do what it was asked; whether it happened is not known."""
+
+
+class StateAwayError(StateBackendError):
+    """The state backend cannot be reached, or did not answer in time."""
+
+
+class TokenError(VastproxyError):
+    """A sealed token that was not made here for this, was changed, or has expired."""

@@ -1,0 +1,1 @@
+"""What outlives a request: counts, money, cookies; in memory, Redis or SQL."""

@@ -1,0 +1,356 @@
+"""
+State in the memory of this process: exact while it runs, gone when it ends.
+
+Rule 1: between looking and changing there is no ``await``: so nothing comes between.
+Rule 2: it is bounded. What has expired goes first, then what was least recently used; a campaign's
+money never goes.
+Rule 3: its clock does not jump: it starts at the machine's time and runs with the monotonic one.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from heapq import heappop, heappush
+from typing import Literal, Self
+
+import structlog
+
+from vastproxy.state.base import (
+    MAX_ITEM_BYTES,
+    MAX_ITEMS,
+    MONEY_KEY,
+    Account,
+    Booking,
+    Claim,
+    Hold,
+    Level,
+    Verdict,
+    campaign_of,
+    check_hold,
+    micros,
+    units,
+)
+from vastproxy.state.ledger import FOR_EVER, Counter, drawn, judged, kept, level, repeated
+
+MAX_ACCOUNTS = 100_000
+"""Viewers, and plain counters as many. With four caps a viewer takes about 2 KB."""
+MAX_SETTLED = 250_000
+"""Settled operations that are remembered: about 60 MB."""
+
+
+@dataclass(slots=True)
+class _Held:
+    amounts: dict[str, int]
+    ends: int
+
+
+@dataclass(slots=True)
+class _Book:
+    """All that is kept of one account."""
+
+    counters: dict[str, Counter] = field(default_factory=dict)
+    held: dict[str, _Held] = field(default_factory=dict)
+    """Reservations, by operation, in the order in which they were made."""
+    ends: int = 0
+    """Unix milliseconds from which nothing in here means anything."""
+    items: dict[str, str] = field(default_factory=dict)
+    items_end: int = 0
+
+    def reap(self, now: int) -> None:
+        """Take off the reservations whose time is over."""
+        for operation in [key for key, each in self.held.items() if each.ends <= now]:
+            self.release(operation)
+
+    def release(self, operation: str) -> bool:
+        """Take off one reservation; whether there was one."""
+        held = self.held.pop(operation, None)
+        if held is not None:
+            self.take_off(held.amounts)
+        return held is not None
+
+    def take_off(self, amounts: Mapping[str, int]) -> None:
+        """Let *amounts* be reserved no more."""
+        for key, amount in amounts.items():
+            self.counters[key].held -= amount
+
+    def counter(self, key: str) -> Counter:
+        """Give the counter *key*, a new one if need be."""
+        return self.counters.setdefault(key, Counter())
+
+    def lives_until(self, ends: int) -> None:
+        """Keep this account until *ends* at least."""
+        self.ends = max(self.ends, ends)
+
+
+class InMemoryBackend:
+    """
+    The backend of ``memory://``.
+
+    *clock* gives Unix milliseconds; None: the machine's time at the start, and the monotonic
+    clock from then on.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], int] | None = None,
+        max_accounts: int = MAX_ACCOUNTS,
+        max_settled: int = MAX_SETTLED,
+    ) -> None:
+        self._now = clock or _steady_clock()
+        self._max_accounts = max_accounts
+        self._max_settled = max_settled
+        self._books: OrderedDict[Account, _Book] = OrderedDict()
+        self._by_end: list[tuple[int, Account]] = []
+        self._settled: OrderedDict[tuple[Account, str], tuple[Literal["c", "v"], int]] = (
+            OrderedDict()
+        )
+        self._counts: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._log = structlog.get_logger("vastproxy.state")
+        self.forgotten = 0
+        """Accounts and operations that were dropped although they still meant something."""
+
+    # --- Plain counters -------------------------------------------------------------------------
+
+    async def get_count(self, key: str) -> int:
+        """Give the count of *key*."""
+        return self._count(key)[0]
+
+    def _count(self, key: str) -> tuple[int, int]:
+        count, ends = self._counts.get(key, (0, FOR_EVER))
+        return (count, ends) if self._now() < ends else (0, FOR_EVER)
+
+    async def increment(self, key: str, amount: int = 1) -> int:
+        """Add *amount* to *key*, and give the new count."""
+        count, ends = self._count(key)
+        self._counts[key] = (count + amount, ends)
+        self._counts.move_to_end(key)
+        if len(self._counts) > self._max_accounts:
+            self._forget_count()
+        return count + amount
+
+    def _forget_count(self) -> None:
+        now = self._now()
+        key = next((key for key, (_, ends) in self._counts.items() if ends <= now), None)
+        if key is None:
+            key = next(iter(self._counts))
+            self._tell_forgotten("counter")
+        del self._counts[key]
+
+    async def set_expiry(self, key: str, seconds: float) -> None:
+        """Let the count of *key* vanish in *seconds*."""
+        count, ends = self._count(key)
+        if key in self._counts and ends > self._now():
+            self._counts[key] = (count, self._now() + int(seconds * 1000))
+
+    async def get_spend(self, key: str) -> Decimal:
+        """Give what was spent on *key*."""
+        book = self._books.get(campaign_of(key))
+        counter = book.counters.get(MONEY_KEY) if book else None
+        return units(counter.count if counter else 0)
+
+    async def add_spend(self, key: str, amount: Decimal | float | str) -> Decimal:
+        """Add *amount* to *key*, and give the new total."""
+        book = self._book(campaign_of(key))
+        counter = book.counter(MONEY_KEY)
+        counter.count += micros(amount)
+        self._keep(campaign_of(key), book, FOR_EVER)
+        return units(counter.count)
+
+    # --- Operations -----------------------------------------------------------------------------
+
+    async def reserve(self, holds: Sequence[Hold]) -> list[Verdict]:
+        """Reserve each of *holds*, wholly or not at all."""
+        return [self._reserve(each) for each in holds]
+
+    def _reserve(self, hold: Hold) -> Verdict:
+        check_hold(hold)
+        now = self._now()
+        settled = self._settled_as(hold, now)
+        if settled:
+            return Verdict(granted=settled == "c")
+        book = self._book(hold.account)
+        book.reap(now)
+        if (before := book.held.get(hold.operation)) is not None:
+            return repeated(hold, before.amounts)
+        verdict = judged(hold, book.counters, now)
+        if verdict.granted:
+            amounts = kept(hold, verdict)
+            book.held[hold.operation] = _Held(amounts, now + hold.ttl_ms)
+            for key, amount in amounts.items():
+                book.counter(key).held += amount
+            self._keep(hold.account, book, now + hold.ttl_ms)
+        return verdict
+
+    async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
+        """Count the claims of each of *holds*."""
+        return [self._confirm(each) for each in holds]
+
+    def _confirm(self, hold: Hold) -> Booking:
+        check_hold(hold)
+        now = self._now()
+        if self._settled_as(hold, now) == "c":
+            return "again"
+        book = self._book(hold.account)
+        book.reap(now)
+        covered = book.release(hold.operation) or self._drawn(book, hold)
+        for claim in hold.claims:
+            counter = book.counter(claim.key)
+            counter.add(claim.window, claim.amount, now)
+            book.lives_until(counter.ends(claim.window, now))
+        self._keep(hold.account, book, book.ends)
+        self._settle(hold, "c", now)
+        return "booked" if covered else "late"
+
+    def _drawn(self, book: _Book, hold: Hold) -> bool:
+        """Take *hold* out of its lease; whether that had room for it."""
+        lease = book.held.get(hold.lease)
+        if lease is None:
+            return False
+        taken, covered = drawn(lease.amounts, hold)
+        book.take_off(taken)
+        lease.amounts = {key: left - taken.get(key, 0) for key, left in lease.amounts.items()}
+        return covered
+
+    async def void(self, holds: Sequence[Hold]) -> None:
+        """Release *holds*."""
+        for hold in holds:
+            check_hold(hold)
+            now = self._now()
+            if self._settled_as(hold, now) is None:
+                if (book := self._books.get(hold.account)) is not None:
+                    book.release(hold.operation)
+                self._settle(hold, "v", now)
+
+    def _settled_as(self, hold: Hold, now: int) -> Literal["c", "v"] | None:
+        found = self._settled.get((hold.account, hold.operation))
+        return found[0] if found and now < found[1] else None
+
+    def _settle(self, hold: Hold, how: Literal["c", "v"], now: int) -> None:
+        key = (hold.account, hold.operation)
+        self._settled[key] = (how, now + hold.keep_ms)
+        self._settled.move_to_end(key)
+        # The oldest first: as a rule they are also the first to end.
+        while self._settled and next(iter(self._settled.values()))[1] <= now:
+            self._settled.popitem(last=False)
+        if len(self._settled) > self._max_settled:
+            self._settled.popitem(last=False)
+            self._tell_forgotten("operation")
+
+    async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
+        """Tell what stands on the counters of *claims*."""
+        now = self._now()
+        book = self._books.get(account) or _Book()
+        book.reap(now)
+        return [level(book.counters.get(each.key), each, now) for each in claims]
+
+    async def forget(self, account: Account) -> bool:
+        """Remove all that is kept of *account*."""
+        there = self._books.pop(account, None) is not None
+        settled = [key for key in self._settled if key[0] == account]
+        for key in settled:
+            del self._settled[key]
+        return there or bool(settled)
+
+    # --- Small items ----------------------------------------------------------------------------
+
+    async def read_items(self, account: Account) -> dict[str, str]:
+        """Give the items of *account*."""
+        book = self._books.get(account)
+        return dict(book.items) if book and self._now() < book.items_end else {}
+
+    async def write_items(
+        self, account: Account, changes: Mapping[str, str | None], seconds: float
+    ) -> None:
+        """Set or remove items, each by itself."""
+        now = self._now()
+        book = self._book(account)
+        if book.items_end <= now:
+            book.items.clear()
+        for name, value in changes.items():
+            book.items.pop(name, None)
+            if value is not None:
+                book.items[name] = value
+        while len(book.items) > MAX_ITEMS or _size(book.items) > MAX_ITEM_BYTES:
+            del book.items[next(iter(book.items))]
+        book.items_end = now + int(seconds * 1000)
+        self._keep(account, book, book.items_end)
+
+    # --- Life -----------------------------------------------------------------------------------
+
+    def _book(self, account: Account) -> _Book:
+        """Give the book of *account*, a new one if need be, as the most recently used."""
+        book = self._books.get(account)
+        if book is None:
+            book = self._books[account] = _Book()
+            # Looked at once, and then again whenever it should have ended.
+            heappush(self._by_end, (0, account))
+        self._books.move_to_end(account)
+        return book
+
+    def _keep(self, account: Account, book: _Book, ends: int) -> None:
+        """Keep *book* until *ends* at least; make room for it."""
+        book.lives_until(ends)
+        self._drop_ended(self._now())
+        if len(self._books) > self._max_accounts:
+            self._drop_oldest(account)
+
+    def _drop_ended(self, now: int) -> int:
+        dropped = 0
+        while self._by_end and self._by_end[0][0] <= now:
+            _, account = heappop(self._by_end)
+            book = self._books.get(account)
+            if book is None:
+                continue
+            if book.ends > now:
+                heappush(self._by_end, (book.ends, account))
+            else:
+                del self._books[account]
+                dropped += 1
+        return dropped
+
+    def _drop_oldest(self, spared: Account) -> None:
+        viewers = (each for each in self._books if each.kind == "viewer" and each != spared)
+        if (oldest := next(viewers, None)) is not None:
+            del self._books[oldest]
+            self._tell_forgotten("account")
+
+    def _tell_forgotten(self, what: str) -> None:
+        self.forgotten += 1
+        # The first of a thousand: a full store drops something at every request.
+        if self.forgotten % 1000 == 1:
+            self._log.warning("state.full", dropped=what, in_all=self.forgotten)
+
+    async def flush(self) -> None:
+        """Return at once: nothing is ever pending."""
+
+    async def sweep(self) -> int:
+        """Drop accounts whose time is over."""
+        return self._drop_ended(self._now())
+
+    async def ping(self) -> None:
+        """Return at once."""
+
+    async def close(self) -> None:
+        """Keep everything: it is gone with the object."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<InMemoryBackend accounts: {len(self._books)}, forgotten: {self.forgotten}>"
+
+
+def _size(items: Mapping[str, str]) -> int:
+    return sum(len(name.encode()) + len(value.encode()) for name, value in items.items())
+
+
+def _steady_clock() -> Callable[[], int]:
+    """Make a clock in Unix milliseconds that does not follow steps of the machine's."""
+    offset = time.time() - time.monotonic()
+    return lambda: int((time.monotonic() + offset) * 1000)
