@@ -11,11 +11,18 @@ from vastproxy.config.load import loads
 from vastproxy.config.schema import json_schema
 
 PAGE = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
-ENVIRON = {"ADS_TOKEN": "abcdef", "TOKEN": "abcdef"}
+ENVIRON = {
+    "ADS_TOKEN": "abcdef",
+    "TOKEN": "abcdef",
+    "REDIS_PASSWORD": "abcdef",
+    "VASTPROXY_SECRET": "abcdefgh",
+}
 
 
 def _settings(section: dict[str, Any], path: str, whole: dict[str, Any]) -> dict[str, Any]:
     """Collect the settings at and below *section*, by their paths as the page writes them."""
+    # A section that may be null is one of several that it may be.
+    section = next((each for each in section.get("anyOf", ()) if "$ref" in each), section)
     if "$ref" in section:
         section = whole["$defs"][section["$ref"].rpartition("/")[2]]
     found: dict[str, Any] = {}
@@ -41,13 +48,20 @@ def _with_example(path: str) -> str:
     assert found is not None
     main: dict[str, Any] = {"endpoint": "https://a.tv/", "macros": {}}
     house = {"endpoint": "https://b.tv/"}
-    route: dict[str, Any] = {"path": "/{rest}", "upstreams": ["main"]}
+    cap: dict[str, Any] = {"limit": "3", "window": "1h"}
+    if path.endswith("time_zone"):
+        cap |= {"kind": "calendar", "window": "day"}
+    budget: dict[str, Any] = {"campaign": "spring", "limit": "10"}
+    route: dict[str, Any] = {"path": "/{rest}", "upstreams": ["main"], "viewer": ["query:uid"]}
+    route |= {"frequency_caps": [cap], "budget": budget}
     config: dict[str, Any] = {"upstreams": {"main": main, "house": house}, "routes": [route]}
     places = {
         "": config,
         "upstreams.NAME": main,
         "upstreams.NAME.macros": main["macros"],
         "routes.N": route,
+        "routes.N.frequency_caps.N": cap,
+        "routes.N.budget": budget,
     }
     section = path.rpartition(".")[0]
     place = places[section] if section in places else config.setdefault(section, {})
@@ -88,7 +102,8 @@ def test_complete_example_is_a_config(text: str) -> None:
 def test_every_choice_is_named() -> None:
     """Each word that a setting may be is on the page."""
     for path, setting in SETTINGS.items():
-        for word in setting.get("enum", ()):
+        choices = (setting, *setting.get("anyOf", ()))
+        for word in (word for each in choices for word in each.get("enum", ())):
             assert f"`{word}`" in ENTRIES[path]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -150,12 +151,116 @@ upstream: main
 upstream: unknown setting 'upstream' (did you mean 'upstreams'?)
 path: /other
 path: it is there twice, first on line 4 (keep one)
+reservation_ttl: 500ms
+reservation_ttl: 0.5s is too short (write 1s or more)
+reservation_ttl: 25h
+reservation_ttl: 90000s is too long (write 24h or less)
+frequency_caps: {limit: 3}
+frequency_caps: {'limit': '3'} is no list (write one such as [first, second])
+budget: spring
+budget: 'spring' is no section (write indented lines of `name: value`)
+"""
+# These stand in a cap of a route that has `viewer`.
+MISTAKES_OF_A_CAP = """
+window: 1h
+limit: it is missing (add it)
+limit: -1, window: 1h
+limit: '-1' is too little (write 0 or more)
+limit: 3.5, window: 1h
+limit: '3.5' is no whole number (write one such as 5)
+limit: 1000000001, window: 1h
+limit: '1000000001' is too much (write 1000000000 or less)
+limit: 3
+window: kind rolling needs a window (write window: 1h)
+limit: 3, kind: fixed
+window: kind fixed needs a window (write window: 1h)
+limit: 3, kind: calendar
+window: kind calendar needs a stretch of the calendar (write hour, day, week or month)
+limit: 3, kind: calendar, window: 24h
+window: kind calendar needs a stretch of the calendar (write hour, day, week or month)
+limit: 3, window: day
+window: 'day' is a stretch of the calendar (write kind: calendar, or a duration: 24h)
+limit: 3, window: 60
+window: '60' has no unit (write 60ms, 60s or 60m)
+limit: 3, window: 999ms
+window: 0.999s is too short (write 1s or more)
+limit: 3, window: 401d
+window: 3.46464e+07s is too long (write 400d or less)
+limit: 3, window: 1h, kind: lifetime
+window: kind lifetime has no window (remove this line, or write kind: rolling)
+limit: 3, window: 1h, kind: pod
+window: kind pod has no window (remove this line, or write kind: rolling)
+limit: 3, window: 1h, kind: sliding
+kind: 'sliding' is no choice here (write 'rolling', 'fixed', 'calendar', 'lifetime' or 'pod')
+limit: 3, window: day, kind: calendar, time_zone: Berlin
+time_zone: 'Berlin' is no time zone (write UTC, or a name such as Europe/Berlin)
+limit: 3, window: 1h, time_zone: Europe/Berlin
+time_zone: a time zone means nothing for kind rolling (write kind: calendar, or remove this line)
+limit: 3, window: 1h, by: user
+by: 'user' is nothing to count by (write viewer, campaign, advertiser, creative or ad; the last \
+four mean: for one viewer)
+limit: 3, window: 1h, count_at: click
+count_at: 'click' is no choice here (write 'impression' or 'decision')
+limit: 3, window: 1h, when_unknown: deny
+when_unknown: 'deny' is no choice here (write 'serve' or 'skip')
+limit: 3, window: x, mode: off
+window: 'x' is no duration (write 800ms, 2s or 1h)
+limit: 3, window: 1h, mode: on
+mode: 'on' is no choice here (write 'enforce', 'shadow' or 'off')
+limit: 3, window: 1h, reservation_ttl: 2d
+reservation_ttl: 172800s is too long (write 24h or less)
+limit: 3, window: 1h, upstreams: [main, mian]
+upstreams.1: the route asks no upstream 'mian' (did you mean 'main'?)
+limit: 3, window: 1h, upstreams: house
+upstreams: the route asks no upstream 'house' (there are: main)
+limit: 3, window: 1h, upstreams: []
+upstreams: it is empty (write at least one)
+limit: 3, window: 1h, name: a b
+name: 'a b' is no name (write 1 to 100 letters, digits, _ . : and -)
+limit: 3, window: 1h, bye: viewer
+bye: unknown setting 'bye' (did you mean 'by'?)
+"""
+MISTAKES_OF_A_BUDGET = """
+limit: 10
+campaign: it is missing (add it)
+campaign: a
+limit: it is missing (add it)
+campaign: a/b, limit: 10
+campaign: 'a/b' is no name (write 1 to 100 letters, digits, _ . : and -)
+campaign: a, limit: ten
+limit: 'ten' is no amount of money (write one such as 1000 or 2.50)
+campaign: a, limit: 1e3
+limit: '1e3' is no amount of money (write one such as 1000 or 2.50)
+campaign: a, limit: 0.00
+limit: '0.00' is no money at all (write more than 0, such as 2.50)
+campaign: a, limit: 1.0000001
+limit: '1.0000001' has more than 6 decimals (write one such as 0.0025)
+campaign: a, limit: 9000000000.01
+limit: '9000000000.01' is too much (write 9000000000 or less)
+campaign: a, limit: 90000000000
+limit: '90000000000' is too much (write 9000000000 or less)
+campaign: a, limit: 10, currency: usd
+currency: 'usd' is no currency of ISO 4217 (write USD)
+campaign: a, limit: 10, currency: Euro
+currency: 'Euro' is no currency of ISO 4217 (write USD)
+campaign: a, limit: 10, cpm: 0.0009
+cpm: 0.0009 for a thousand ads is nothing for one (write 0.001 or more)
+campaign: a, limit: 10, cpm: 1, amount: 1
+amount: `cpm` says already what an ad costs (keep one of the two)
+campaign: a, limit: 10, on_state_loss: retry
+on_state_loss: 'retry' is no choice here (write 'serve', 'lease' or 'deny')
+campaign: a, limit: 10, upstreams: [house]
+upstreams.0: the route asks no upstream 'house' (there are: main)
+campaign: a, limit: 10, mode: off, amuont: 2
+amuont: unknown setting 'amuont' (did you mean 'amount'?)
 """
 MISTAKES_OF_AN_UPSTREAM = """
 timeout: 2
 timeout: '2' has no unit (write 2ms, 2s or 2m)
-cookies: viewer
-cookies: 'viewer' is no choice here (write 'chain' or 'off')
+cookies: player
+cookies: 'player' is no choice here (write 'chain', 'viewer' or 'off')
+cookie_ttl: 401d
+cookie_ttl: 3.46464e+07s is too long (write 400d or less)
 max_body: 3MiB
 max_body: 3145728 bytes are more than one answer may have (write 2MiB or less)
 max_body: ''
@@ -180,8 +285,28 @@ circuit_breaker: {}
 circuit_breaker: unknown setting 'circuit_breaker' (there are: endpoint, hosts, params, headers,
 """
 OTHER_MISTAKES = """
-server: {workers: 2}
-server.workers: 2 workers: this version runs one process (write 1)
+server: {workers: 0}
+server.workers: '0' is too little (write 1 or more)
+server: {workers: 257}
+server.workers: '257' is too much (write 256 or less)
+server: {workers: 4}
+server.workers: 4 workers cannot share memory:// (write workers: 1, or a state that they can \
+share: redis://127.0.0.1:6379, postgresql://user@host/db or sqlite:///vastproxy.db)
+server: {secret: hunter2}
+server.secret: a secret of 7 characters can be guessed (write 8 or more, best 32 random ones)
+server: {secret: '**********'}
+server.secret: a secret of one character repeated can be guessed (write a random one)
+server: {secret: [correct-horse, correct-horse]}
+server.secret: a secret is there twice (keep one)
+server: {secret: {correct: horse}}
+server.secret: it is neither a text nor a list of texts (write a text in quotes)
+server: {beacon_ttl: 30s}
+server.beacon_ttl: 30s is too short (write 1m or more)
+server: {beacon_ttl: 8d}
+server.beacon_ttl: 691200s is too long (write 7d or less)
+server: {beacon_ttl: 5m}
+server.beacon_ttl: '5m' is shorter than the reservation_ttl of routes.0, 10m (write 10m or more \
+here, or less there)
 server: {admin: 127.0.0.1:8080}
 server.admin: '127.0.0.1:8080' is taken by `listen` (write admin: null, or another port)
 server: {listen: ['unix:/a', 'unix:/a']}
@@ -190,8 +315,16 @@ server: {listen: 'unix:a'}
 server.listen: 'unix:a' names no absolute path (write unix:/run/vastproxy.sock)
 server: {public_url: 'https://a.tv/?b'}
 server.public_url: 'https://a.tv/?b' has more than a path (write it without ? and #)
-state: redis://r
-state: 'redis://r': this version keeps its state in memory (write memory://)
+state: redis://r:70000
+state: the port is none from 1 to 65535 (write redis://127.0.0.1:6379/0)
+state: [redis://r]
+state: it is no text (write one such as redis://127.0.0.1:6379)
+state_timeout: 6s
+state_timeout: 6s is too long (write 5s or less)
+state_timeout: 0.5ms
+state_timeout: 0.0005s is too short (write 1ms or more)
+journal: ''
+journal: '' is no directory (write /var/lib/vastproxy or null)
 state: ${STATE}
 state: the environment variable STATE is not set (set it; for the text, write $${)
 state: ${a b}
@@ -221,9 +354,31 @@ path: routes.0 has the path '/vast' already (write another)
 - {path: /a, upstreams: [main, mian]}
 upstreams.1: no upstream is called 'mian' (did you mean 'main'?)
 - {path: /a, upstreams: other}
-upstreams: no upstream is called 'other' (there are: main, deep)
+upstreams: no upstream is called 'other' (there are: main, deep, sticky)
 - {path: /a, upstreams: [main, deep]}
 upstreams.1: 'deep' uses {rest}, but the path has none (end it in /{rest})
+- {path: /a, upstreams: main, frequency_caps: [{limit: 1, window: 1h}]}
+frequency_caps.0: it counts for each viewer, and the route does not say where a request names one \
+(add viewer: ["query:uid"] to the route)
+- {path: /a, upstreams: main, frequency_caps: [{limit: 1, kind: lifetime, mode: off}]}
+frequency_caps.0: it counts for each viewer, and the route does not say where a request names one \
+(add viewer: ["query:uid"] to the route)
+- {path: /a, upstreams: main, mode: passthrough, frequency_caps: [{limit: 1, kind: pod}]}
+frequency_caps.0: kind pod needs to know the ads, and mode passthrough does not look at them \
+(write by: viewer with another kind, or mode: resolve)
+- {path: /a, upstreams: main, mode: passthrough, viewer: ['query:u'], frequency_caps: [{limit: 1, \
+window: 1h}, {limit: 1, window: 1h, by: ad}]}
+frequency_caps.1: by: ad needs to know the ads, and mode passthrough does not look at them (write \
+by: viewer with another kind, or mode: resolve)
+- {path: /a, upstreams: main, viewer: ['query:u'], frequency_caps: [{limit: 1, window: 60m}, \
+{limit: 2, window: 1h, upstreams: main}]}
+frequency_caps: 1 counts the same as 0 (remove one of them, or write other upstreams)
+- {path: /a, upstreams: main, viewer: ['query:u'], frequency_caps: [{limit: 1, window: 1h, name: \
+a}, {limit: 2, window: 2h, name: a}]}
+frequency_caps: 1 has the name of 0, 'a' (write another)
+- {path: /a, upstreams: sticky}
+viewer: the upstream 'sticky' keeps cookies for each viewer, and the route does not say where a \
+request names one (add viewer: ["query:uid"])
 """
 
 
@@ -256,10 +411,150 @@ def test_mistake_of_a_section_is_explained(written: str, answered: str) -> None:
 @pytest.mark.parametrize(("written", "answered"), pairs(MISTAKES_BETWEEN_SECTIONS))
 def test_mistake_between_sections_is_explained(written: str, answered: str) -> None:
     """A route that does not fit the other routes or the upstreams is told so."""
-    deep = "  deep: {endpoint: 'https://a.tv/{rest}'}\n"
-    text = GOOD.replace("routes:", f"{deep}routes:") + f"  {written}\n"
+    more = (
+        "  deep: {endpoint: 'https://a.tv/{rest}'}\n"
+        "  sticky: {endpoint: https://a.tv/, cookies: viewer}\n"
+    )
+    text = GOOD.replace("routes:", f"{more}routes:") + f"  {written}\n"
 
-    assert [f"line 6: routes.1.{answered}"] == problems(text)
+    assert [f"line 7: routes.1.{answered}"] == problems(text)
+
+
+@pytest.mark.parametrize(("written", "answered"), pairs(MISTAKES_OF_A_CAP))
+def test_mistake_of_a_cap_is_explained(written: str, answered: str) -> None:
+    """A wrong setting of a frequency cap is one line: where, what is wrong, what instead."""
+    text = route(f"viewer: ['query:uid']\n    frequency_caps: [{{{written}}}]")
+    expected = f"line 7: routes.0.frequency_caps.0.{answered}"
+
+    assert [expected] == problems(text)
+
+
+@pytest.mark.parametrize(("written", "answered"), pairs(MISTAKES_OF_A_BUDGET))
+def test_mistake_of_a_budget_is_explained(written: str, answered: str) -> None:
+    """A wrong setting of a budget is one line: where, what is wrong, what instead."""
+    assert [f"line 6: routes.0.budget.{answered}"] == problems(route(f"budget: {{{written}}}"))
+
+
+def two_budgets(first: str, second: str) -> str:
+    """Write a config of two routes with these settings beside their campaign, on lines 4 and 5."""
+    budget = "  - {{path: /{}, upstreams: main, budget: {{campaign: spring, {}}}}}\n"
+    routes = budget.format("a", first) + budget.format("b", second)
+    return GOOD.partition("  - {path")[0] + routes
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "first", "second"),
+    [
+        ("limit", "10", "10.5", "limit: 10", "limit: 10.50"),
+        ("currency", "USD", "EUR", "limit: 10", "limit: 10, currency: EUR"),
+        ("mode", "shadow", "enforce", "limit: 10, mode: shadow", "limit: 10"),
+        ("on_state_loss", "serve", "deny", "limit: 10", "limit: 10, on_state_loss: deny"),
+    ],
+)
+def test_routes_of_one_campaign_agree(
+    name: str, one: str, other: str, first: str, second: str
+) -> None:
+    """Two routes that spend from one account differently are both named."""
+    expected = (
+        f"line 5: routes.1.budget.{name}: the campaign 'spring' has {name}: {one} in routes.0, and "
+        f"{name}: {other} in routes.1 (write the same in both)"
+    )
+
+    assert [expected] == problems(two_budgets(first, second))
+
+
+def test_routes_of_one_campaign_may_differ_in_price() -> None:
+    """One account can have several prices, and its limit may be written in several ways."""
+    config = read(two_budgets("limit: 10, cpm: 2", "limit: '10.00', cpm: 3, currency: USD"))
+
+    assert ["2", "3"] == [str(each.budget.cpm) for each in config.routes if each.budget]
+    assert 1 == len({each.budget.limit for each in config.routes if each.budget})
+
+
+def test_money_is_the_decimal_that_is_written() -> None:
+    """An amount is exactly what stands in the file, however small or large."""
+    config = read(route("budget: {campaign: a, limit: 9000000000, amount: 0.100001}"))
+    budget = config.routes[0].budget
+
+    assert budget is not None
+    assert Decimal("0.100001") == budget.amount
+    assert Decimal(9_000_000_000) == budget.limit
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("routes.0", "reservation_ttl: 2h"),
+        ("routes.0.budget", "budget: {campaign: a, limit: 1, reservation_ttl: 2h}"),
+        (
+            "routes.0.frequency_caps.1",
+            "frequency_caps: [{limit: 1, kind: pod}, {limit: 1, window: 1h, reservation_ttl: 2h}]",
+        ),
+    ],
+)
+def test_beacons_are_taken_as_long_as_reservations_wait(where: str, line: str) -> None:
+    """A beacon may not expire before a reservation that it could confirm; as long is enough."""
+    expected = (
+        f"line 8: server.beacon_ttl: '1h' is shorter than the reservation_ttl of {where}, 2h "
+        "(write 2h or more here, or less there)"
+    )
+
+    text = route(line).replace("path: /vast", "path: /vast\n    viewer: ['query:uid']")
+
+    assert [expected] == problems(text + "server: {beacon_ttl: 1h}")
+    assert 7200.0 == read(text + "server: {beacon_ttl: 120m}").server.beacon_ttl
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "redis://127.0.0.1:6379",
+        "rediss+cluster://r",
+        "postgresql://user@host/db",
+        "sqlite:///vastproxy.db",
+    ],
+)
+def test_workers_may_share_any_other_state(state: str) -> None:
+    """Several processes count together in every state but the memory of one of them."""
+    config = read(GOOD + f"server: {{workers: 4}}\nstate: {state}")
+
+    assert 4 == config.server.workers
+    assert config.state.is_shared
+
+
+def test_cookies_of_viewers_need_viewers() -> None:
+    """A route that knows its viewers can ask an upstream that keeps their cookies."""
+    text = upstream("cookies: viewer").replace(": main}", ": main, viewer: ['query:uid']}")
+    config = read(text)
+
+    assert "viewer" == config.upstreams["main"].cookies
+    assert 30 * 86400.0 == config.upstreams["main"].cookie_ttl
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "server: {secret: hun-ter}",
+        "server: {secret: [hun-ter]}",
+        "server: {secret: [hun-ter-secret, hun-ter-secret]}",
+        "server: {secret: {hun: hun-ter-secret}}",
+        "server: [{secret: hun-ter-secret}]",
+        "server: {secret: {a: [hun-ter-secret]}}",
+        "log: {level: [{secret: hun-ter-secret}]}",
+        "state: redis://:hun-ter@",
+        "state: redis://:hun-ter@host:0",
+        "state: redis://:hun-ter@more@host",
+        "state: redis://:hun-ter/more@host/0",
+        "state: redis://hun-ter@host",
+        "state: mysql://:hun-ter@host/db",
+        "state: [redis://:hun-ter@host]",
+        "server: [redis://:hun-ter@host]",
+        "state: {url: redis://:hun-ter@host}",
+    ],
+)
+def test_secret_of_the_file_is_in_no_message(line: str) -> None:
+    """A secret or a password that stands in the file itself is repeated by no message."""
+    assert [] == [each for each in problems(GOOD + line) if "hun-ter" in each]
 
 
 @pytest.mark.parametrize("name", ["a b", "", "x" * 65, "\u00e4"])
@@ -351,6 +646,44 @@ def test_value_of_a_variable_is_in_no_message(value: str) -> None:
         text = upstream(line)
         for problem in problems(text, {"KEY": value}):
             assert "s3cret" not in problem
+
+
+@pytest.mark.parametrize(
+    ("message", "key", "text"),
+    [
+        (
+            "the campaign 'a' has limit: ${KEY} in routes.0, and limit: 8 in routes.1",
+            "720000",
+            two_budgets("limit: '${KEY}'", "limit: 8").replace("spring", "a"),
+        ),
+        (
+            "the campaign '${KEY}' has limit: 7 in routes.0, and limit: 8 in routes.1",
+            "autumn",
+            two_budgets("limit: 7", "limit: 8").replace("spring", "'${KEY}'"),
+        ),
+        (
+            "the reservation_ttl of routes.0, ${KEY} (write ${KEY} or more here",
+            "7200s",
+            route("reservation_ttl: ${KEY}") + "server: {beacon_ttl: 1h}",
+        ),
+    ],
+)
+def test_value_of_a_variable_elsewhere_is_in_no_message(message: str, key: str, text: str) -> None:
+    """A message that compares two places has the value of a variable of neither."""
+    (problem,) = problems(text, {"KEY": key})
+
+    assert message in problem
+    assert key not in problem
+
+
+def test_long_text_is_searched_for_passwords_once() -> None:
+    """A text that looks like many URLs takes no longer to read than any other."""
+    text = "://a:" * 150_000
+
+    assert [True] == [
+        "is no choice here" in each for each in problems(f"{GOOD}log: {{level: '{text}'}}")
+    ]
+    assert 1 == len(problems(f"{GOOD}state: 'redis:{text}'"))
 
 
 def test_key_takes_no_variable() -> None:

@@ -34,6 +34,16 @@ routes:
   - {path: /vast, upstreams: main}
 """
 
+ROUTE = """
+upstreams:
+  main: {endpoint: https://ads.example.com/vast}
+routes:
+  - path: /vast
+    upstreams: main
+    viewer: ["query:uid"]
+    """
+"""The smallest config with room for one more setting of its route."""
+
 
 def a_config(**sections: object) -> Config:
     """Make the smallest config, with *sections* beside or instead of its own."""
@@ -50,13 +60,24 @@ def a_route(**settings: object) -> Route:
     return Route.model_validate({"path": "/vast", "upstreams": ["main"], **settings})
 
 
+def a_counting_route() -> dict[str, Any]:
+    """Write a route that has caps and a budget."""
+    caps = [
+        {"limit": 3, "window": "1h"},
+        {"limit": 1, "kind": "calendar", "window": "day", "time_zone": "Asia/Tokyo", "by": "ad"},
+    ]
+    budget = {"campaign": "spring", "limit": "1000.5", "cpm": "2.50"}
+    route = {"path": "/vast", "upstreams": "main", "viewer": ["query:uid"]}
+    return {**route, "frequency_caps": caps, "budget": budget}
+
+
 def test_smallest_config_has_every_default() -> None:
     """One upstream with an endpoint and one route with a path are enough."""
     config = a_config()
 
     assert (Listen("127.0.0.1", 8080),) == config.server.listen
     assert (Listen("127.0.0.1", 8081),) == config.server.admin
-    assert "memory://" == config.state
+    assert "memory://" == str(config.state)
     assert (80, 443) == config.egress.ports
     assert 1.0 == config.upstreams["main"].timeout
     assert 512 * 1024 == config.upstreams["main"].max_body
@@ -64,6 +85,16 @@ def test_smallest_config_has_every_default() -> None:
     assert ("main",) == config.routes[0].upstreams
     assert 2.5 == config.routes[0].deadline
     assert "all" == config.routes[0].forward_query
+
+
+def test_default_state_is_the_memory_of_one_process() -> None:
+    """Without a word about state there is one process, which counts in its memory."""
+    config = a_config()
+
+    assert ("memory", 1, ()) == (config.state.kind, config.server.workers, config.server.secret)
+    assert (0.05, None) == (config.state_timeout, config.journal)
+    assert ((), None) == (config.routes[0].frequency_caps, config.routes[0].budget)
+    assert (600.0, 86400.0) == (config.routes[0].reservation_ttl, config.server.beacon_ttl)
 
 
 def test_config_cannot_be_changed() -> None:
@@ -77,6 +108,47 @@ def test_config_goes_through_its_own_dump() -> None:
     config = a_config(egress={"allow": ["10.0.0.0/8"]}, server={"listen": [":80", "unix:/x"]})
 
     assert config == Config.model_validate(config.model_dump())
+
+
+def test_everything_that_is_counted_goes_through_its_own_dump() -> None:
+    """A dump keeps caps, budgets, secrets and the state's password, for the program alone."""
+    config = a_config(
+        server={"secret": ["correct-horse", "battery-staple"]},
+        state="redis://:pass-word@h/1",
+        journal="/var/lib/vastproxy",
+        routes=[a_counting_route()],
+    )
+
+    assert config == Config.model_validate(config.model_dump())
+    assert "redis://:pass-word@h/1" == Config.model_validate(config.model_dump()).state.url
+
+
+def test_secrets_are_shown_nowhere() -> None:
+    """Neither a repr nor JSON has a secret or the password of the state."""
+    config = a_config(server={"secret": "correct-horse"}, state="redis://:pass-word@h/1")
+
+    for text in (repr(config), str(config), config.model_dump_json(), str(config.model_dump())):
+        assert "correct-horse" not in text
+        assert "pass-word" not in text
+    assert ["correct-horse"] == [each.get_secret_value() for each in config.server.secret]
+
+
+def test_dump_as_json_has_no_secret_to_be_used() -> None:
+    """What stands in JSON in place of a secret is refused as a secret."""
+    text = a_config(server={"secret": "correct-horse"}).server.model_dump_json()
+
+    with pytest.raises(ValidationError, match="can be guessed"):
+        Server.model_validate_json(text)
+
+
+def test_value_that_is_wrong_is_left_out_of_errors() -> None:
+    """An error of a section does not repeat the values that were given to it."""
+    with pytest.raises(ValidationError) as caught:
+        a_config(server={"secret": ["correct-horse", 7]}, state=["redis://:pass-word@h"])
+
+    assert "neither a text nor a list of texts" in str(caught.value)
+    assert "correct-horse" not in str(caught.value)
+    assert "pass-word" not in str(caught.value)
 
 
 def test_config_is_written_as_json() -> None:
@@ -127,6 +199,14 @@ def test_endpoint_of_the_player_needs_hosts() -> None:
     assert ("*.example.com", "ads.tv:8443") == upstream.hosts
     with pytest.raises(ValidationError, match="list the hosts it may choose"):
         an_upstream(endpoint="{query.tag}")
+
+
+def test_null_is_no_section_but_where_it_may_be() -> None:
+    """The settings of a section that may be null are known by their names."""
+    whole = json_schema()
+
+    assert "cpm" in settings_at(("routes", 0, "budget"), whole)
+    assert "window" in settings_at(("routes", 0, "frequency_caps", 1), whole)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +359,9 @@ def _fits(value: object, schema: Mapping[str, Any], whole: Mapping[str, Any]) ->
         return _section_fits(value, schema, whole)
     if isinstance(value, list):
         return all(_fits(each, schema["items"], whole) for each in value)
-    in_range = not isinstance(value, int) or (
+    in_range = not isinstance(value, (int, float)) or (
         schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and schema.get("exclusiveMinimum", value - 1) < value
     )
     found = not isinstance(value, str) or re.search(schema.get("pattern", ""), value) is not None
     return in_range and found and value in schema.get("enum", [value])
@@ -291,6 +372,7 @@ _TYPES: Mapping[str, Any] = {
     "array": list,
     "string": str,
     "integer": int,
+    "number": (int, float),
     "boolean": bool,
     "null": type(None),
 }
@@ -316,6 +398,24 @@ def _section_fits(
         (False, SMALLEST + "egress: {ports: [70000]}"),
         (False, SMALLEST + "server: {shutdown_timeout: 10}"),
         (False, SMALLEST + "sever: {}"),
+        (True, SMALLEST + "server: {workers: 4, secret: [abcdefgh]}\nstate: rediss+cluster://h"),
+        (True, SMALLEST + "state: postgres://u:p@h/db\nstate_timeout: 1s\njournal: /var/lib/x"),
+        (False, SMALLEST + "server: {workers: 257}"),
+        (False, SMALLEST + "state: mysql://h/db"),
+        (True, ROUTE + "frequency_caps: [{limit: 0, window: 1h}, {limit: 1, kind: pod}]"),
+        (True, ROUTE + "frequency_caps: [{limit: 1, kind: calendar, window: day, by: [ad]}]"),
+        (True, ROUTE + "frequency_caps: [{limit: 1, window: 1h, by: viewer+ad}]"),
+        (False, ROUTE + "frequency_caps: [{limit: -1, window: 1h}]"),
+        (False, ROUTE + "frequency_caps: [{limit: 1, window: year}]"),
+        (False, ROUTE + "frequency_caps: [{limit: 1, window: 1h, by: ad+viewer+ad}]"),
+        (True, ROUTE + "budget: {campaign: a, limit: 1000.50, cpm: '2.50'}"),
+        (True, ROUTE + "budget: null"),
+        (False, ROUTE + "budget: {campaign: a, limit: 0}"),
+        (False, ROUTE + "budget: {campaign: a, limit: 1, currency: Euro}"),
+        (False, ROUTE + "budget: {campaign: a}"),
+        (False, ROUTE + "budget: {campaign: a b, limit: 1}"),
+        (True, ROUTE + "frequency_caps: [{limit: 1, window: 1h, name: null}]"),
+        (False, SMALLEST + "state: postgres+asyncpg://h/db"),
         (False, "routes: []"),
     ],
 )

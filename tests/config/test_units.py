@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network
 
 import pytest
@@ -12,10 +13,12 @@ from vastproxy.config.units import (
     LONGEST_SHOWN,
     Listen,
     Source,
+    StateUrl,
     check_authority,
     check_host,
     parse_duration,
     parse_host_pattern,
+    parse_money,
     parse_network,
     parse_size,
     shown,
@@ -83,7 +86,7 @@ def test_bad_size_is_explained(message: str, text: str) -> None:
 def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
     """Every reader gives a value for any text, or raises ValueError and nothing else."""
     readers = (parse_duration, parse_size, parse_network, parse_host_pattern, Listen.parse)
-    for read in (*readers, Source.parse, check_authority):
+    for read in (*readers, Source.parse, StateUrl.parse, parse_money, check_authority):
         with suppress(ValueError):
             read(text)
 
@@ -232,3 +235,115 @@ def test_long_value_is_shown_cut() -> None:
     """A message repeats the beginning of a long value only."""
     assert LONGEST_SHOWN == len(shown("x" * 1000))
     assert "'x'" == shown("x")
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (Decimal("2.5"), "2.50"),
+        (Decimal(1000), "1000"),
+        (Decimal("0.000001"), "0.000001"),
+        (Decimal(9_000_000_000), "9000000000"),
+    ],
+)
+def test_money_is_read_exactly(amount: Decimal, text: str) -> None:
+    """An amount is the decimal that is written."""
+    assert amount == parse_money(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("memory", "memory://"),
+        ("redis", "redis://127.0.0.1"),
+        ("redis", "redis://r:6379/15?socket_keepalive=1"),
+        ("redis", "rediss://[::1]:6380/"),
+        ("cluster", "redis+cluster://node-1.example.com:7000"),
+        ("cluster", "rediss+cluster://node-1/0"),
+        ("sqlite", "sqlite:///vastproxy.db"),
+        ("sqlite", "sqlite:////var/lib/vastproxy.db"),
+        ("sqlite", "sqlite+aiosqlite:///caps.db"),
+        ("postgresql", "postgresql://user@host/db"),
+        ("postgresql", "postgres://host:5432/db?sslmode=require"),
+        ("postgresql", "postgresql+asyncpg:///db?host=/run/postgresql"),
+        ("postgresql", "postgresql+psycopg://host/db"),
+    ],
+)
+def test_state_has_a_kind_and_keeps_its_url(kind: str, text: str) -> None:
+    """The URL of a state is kept as it was written; its scheme says of which kind it is."""
+    state = StateUrl.parse(text)
+
+    assert (kind, text, text) == (state.kind, state.url, str(state))
+    assert (kind != "memory") is state.is_shared
+
+
+@pytest.mark.parametrize(
+    ("public", "text"),
+    [
+        ("redis://:***@r:6379/0", "redis://:pass-word@r:6379/0"),
+        ("redis://me:***@r", "redis://me:pass-word%40%2F:x@r"),
+        ("redis://:***@r", "redis://:@r"),
+        ("redis://r?password=***&db=1", "redis://r?password=pass-word&db=1"),
+        ("rediss+cluster://me:***@r/", "rediss+cluster://me:pass-word@r/"),
+        ("postgres://me:***@h:5432/db?a=b", "postgres://me:pass-word@h:5432/db?a=b"),
+        ("postgres://h/db?SSLPassword=***", "postgres://h/db?SSLPassword=pass-word"),
+    ],
+)
+def test_password_of_a_state_is_hidden(public: str, text: str) -> None:
+    """The text and the repr of a state have no password; its URL has it whole."""
+    state = StateUrl.parse(text)
+
+    assert public == str(state)
+    assert f"StateUrl({public!r})" == repr(state)
+    assert text == state.url
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("this is the URL of no state", ""),
+        ("this is the URL of no state", "memory"),
+        ("this is the URL of no state", "redis:/r"),
+        ("this is the URL of no state", "REDIS://r"),
+        ("this is the URL of no state", "mysql://:s3cret@h/db"),
+        ("this is the URL of no state", "postgresql+psycopg2://h/db"),
+        ("this is the URL of no state", "postgres+asyncpg://h/db"),
+        ("memory:// takes nothing behind it", "memory://x"),
+        ("the URL names no file", "sqlite://vastproxy.db"),
+        ("the URL names no file", "sqlite:///"),
+        ("the URL names no file", "sqlite:////var/lib/"),
+        ("no second process could open this", "sqlite:///:memory:"),
+        ("the path has ?, # or a character", "sqlite:///file:a?mode=memory&uri=true"),
+        ("the path has ?, # or a character", "sqlite:///a\nb"),
+        ("the URL names no host", "redis://"),
+        ("the URL names no host", "redis://:s3cret@/1"),
+        ("the URL names no host", "postgresql:///db"),
+        ("what stands between :// and /", "redis://:s3cr@et@r"),
+        ("what stands between :// and /", "redis://:s3cr/et@r/0"),
+        ("what stands between :// and /", "redis://:s3cr%et@r"),
+        ("what stands between :// and /", "redis://:s3cr#et@r"),
+        ("what stands between :// and /", "redis://r:port"),
+        ("what stands between :// and /", "redis://r/0#x"),
+        ("what stands between :// and /", "redis://a,b"),
+        ("what stands in brackets is no IP address", "redis://[1]"),
+        ("the port is none from 1 to 65535", "redis://r:0"),
+        ("the port is none from 1 to 65535", "redis://r:65536"),
+        ("there is a user without a password", "redis://s3cret@r"),
+        ("what follows the host is no number", "redis://r/caps"),
+        ("what follows the host is no number", "redis://r/-1"),
+        ("what follows the host is no number", "redis://r/1/2"),
+        ("a cluster has the database 0 only", "redis+cluster://r/1"),
+        ("the URL names no database", "postgresql://h"),
+        ("the URL names no database", "postgresql://h/"),
+        ("the URL names no database", "postgresql://h/a/b"),
+        ("what follows ? is no name=value", "postgresql://h/db?require"),
+        ("what follows ? is no name=value", "postgresql://h/db?a=b&"),
+    ],
+)
+def test_bad_state_is_explained(message: str, text: str) -> None:
+    """A URL that is no state's is refused in words that say what to write, and repeat nothing."""
+    with pytest.raises(ValueError, match=r"\(write ") as caught:
+        StateUrl.parse(text)
+
+    assert str(caught.value).startswith(message)
+    assert "s3cr" not in str(caught.value)

@@ -5,13 +5,12 @@ Rule 1: any text gives a :class:`Config` or a :class:`ConfigError`, in bounded t
 Rule 2: all mistakes are told at once, each with its line, its place, and what to write instead.
 Rule 3: a scalar is taken as the text that stands there. YAML's guesses (``off`` is false, ``1:30``
 is ninety) never happen; the type of the setting decides.
-Rule 4: what came from an environment variable may be a secret, and is in no message.
+Rule 4: what came from an environment variable may be a secret, and is in no message; neither is
+what stands under ``secret``, or as a password in a URL.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +18,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from vastproxy.config.between import Fault, Place, advice, faults_between_sections
 from vastproxy.config.schema import Config, json_schema, settings_at
-from vastproxy.config.template import Template
 from vastproxy.config.units import LONGEST_SHOWN, shown
 from vastproxy.errors import ConfigError
 
-Place = tuple[str | int, ...]
-"""Where something stands: names of settings, and indexes of lists."""
 Pair = tuple[str, yaml.Node, yaml.Node]
 """The text of a key, its node, the node of its value."""
 
@@ -37,12 +34,6 @@ MAX_DEPTH: Final = 50
 """Levels of nesting, aliases followed. The schema has six."""
 MAX_VALUES: Final = 100_000
 """Values, aliases followed. Thousands of routes have fewer."""
-NEAR: Final = 0.7
-"""How alike two names must be for one to be proposed for the other: 'deadline' is no 'admin'."""
-MOST_COMPARED: Final = 200
-"""Names among which the nearest to a misspelt one is looked for."""
-MOST_LISTED: Final = 20
-"""Names in one message. No section has more settings."""
 SHORTEST_SECRET: Final = 4
 """Characters. Shorter values of variables are words such as ``on``, which messages need."""
 
@@ -75,16 +66,6 @@ _WORDS: Final[Mapping[str, str]] = {
     "string_type": _NO_TEXT,
     "string_unicode": _NO_TEXT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One mistake, not yet tied to a line."""
-
-    place: Place
-    message: str
-    line: int | None = None
-    """Where it is not the line of *place*."""
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
@@ -238,8 +219,9 @@ class _Reader:
         self._environ = environ
         self._lines: dict[Place, int] = {(): 1}
         self._lost: set[Place] = set()
-        # What was put in at or below a place: messages may show a list as a whole.
-        self._variables: dict[Place, list[tuple[str, str]]] = {}
+        # What may be secret at or below a place, and what is shown for it: messages may show a
+        # list as a whole.
+        self._secrets: dict[Place, list[tuple[str, str]]] = {}
 
     def read(self, node: yaml.Node, place: Place) -> object:
         """Give the value of *node*, which stands at *place*; note faults on the way."""
@@ -265,7 +247,9 @@ class _Reader:
         missing = known < len(place) and isinstance(place[known], str) and place[known] != "[key]"
         path = ".".join(str(step)[:LONGEST_SHOWN] for step in place[: known + missing])
         line = fault.line or self._lines[place[:known]]
-        message = _without(fault.message, self._variables.get(place[:known], ()))
+        message = fault.message
+        for each in (place[:known], *fault.others):
+            message = _without(message, self._secrets.get(each, ()))
         return line, f"line {line}: {path}: {message}" if path else f"line {line}: {message}"
 
     def _list(self, node: yaml.SequenceNode, place: Place) -> list[object]:
@@ -289,7 +273,7 @@ class _Reader:
         return values
 
     def _text(self, text: str, place: Place) -> str | None:
-        variables: list[tuple[str, str]] = []
+        secrets: list[tuple[str, str]] = []
         missing: list[str] = []
 
         def value(found: re.Match[str]) -> str:
@@ -299,12 +283,13 @@ class _Reader:
             if name not in self._environ or not found[0].endswith("}"):
                 missing.append(name)
                 return ""
-            variables.append((name, self._environ[name]))
+            secrets.append((f"${{{name}}}", self._environ[name]))
             return self._environ[name]
 
         filled = _VARIABLE.sub(value, text)
-        for length in range(len(place) + 1) if variables else ():
-            self._variables.setdefault(place[:length], []).extend(variables)
+        secrets += _secrets_in(filled, place)
+        for length in range(len(place) + 1) if secrets else ():
+            self._secrets.setdefault(place[:length], []).extend(secrets)
         for name in missing:
             self._lose(place, _missing_variable(name))
         return None if missing else filled
@@ -324,14 +309,26 @@ def _missing_variable(name: str) -> str:
     return f"{shown(f'${{{name}')} begins no variable (write ${{NAME}}; for the text, write $${{)"
 
 
-def _without(message: str, variables: Iterable[tuple[str, str]]) -> str:
-    for name, value in variables:
+def _secrets_in(text: str, place: Place) -> Iterator[tuple[str, str]]:
+    """Find what is secret in the *text* at *place* by its name, or as a password in a URL."""
+    if "secret" in place:
+        yield "***", text
+        return
+    before, at, _ = text.rpartition("@")
+    _, begun, login = before.partition("://")
+    user, colon, password = login.partition(":")
+    if at and begun:
+        yield "***", password if colon else user
+
+
+def _without(message: str, secrets: Iterable[tuple[str, str]]) -> str:
+    for instead, value in secrets:
         if len(value) < SHORTEST_SECRET:
             continue
         quoted = repr(value)[1:-1]
-        message = message.replace(value, f"${{{name}}}").replace(quoted, f"${{{name}}}")
+        message = message.replace(value, instead).replace(quoted, instead)
         for length in range(min(len(quoted), LONGEST_SHOWN), SHORTEST_SECRET - 1, -1):
-            message = message.replace(f"{quoted[:length]}...", f"${{{name}}}...")
+            message = message.replace(f"{quoted[:length]}...", f"{instead}...")
     return message
 
 
@@ -354,12 +351,14 @@ def _pairs(node: yaml.MappingNode) -> list[Pair]:
 
 
 def _validated(data: object) -> tuple[Config | None, list[Fault]]:
-    between = list(_faults_between_sections(data))
+    between = list(faults_between_sections(data))
     try:
         return Config.model_validate(data), between
     except ValidationError as error:
         whole = json_schema()
-        return None, [*(_fault(each, whole) for each in error.errors()), *between]
+        found = [_fault(each, whole) for each in error.errors()]
+        told = {each.place for each in found}
+        return None, [*found, *(each for each in between if each.place not in told)]
 
 
 def _fault(error: ErrorDetails, whole: dict[str, Any]) -> Fault:
@@ -370,15 +369,7 @@ def _fault(error: ErrorDetails, whole: dict[str, Any]) -> Fault:
 
 
 def _unknown_setting(name: str, names: tuple[str, ...]) -> str:
-    return f"unknown setting {shown(name)} ({_advice(name, names)})"
-
-
-def _advice(name: str, names: tuple[str, ...]) -> str:
-    near = get_close_matches(name[:LONGEST_SHOWN], names[:MOST_COMPARED], n=1, cutoff=NEAR)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    more = ", ..." if len(names) > MOST_LISTED else ""
-    return f"there are: {', '.join(names[:MOST_LISTED])}{more}"
+    return f"unknown setting {shown(name)} ({advice(name, names)})"
 
 
 def _explained(error: ErrorDetails) -> str:
@@ -392,68 +383,3 @@ def _explained(error: ErrorDetails) -> str:
     if words is None:
         return f"{shown(value)}: {error['msg']} (write another value)"
     return words.format_map({"value": shown(value), **context})
-
-
-# What needs two sections
-
-
-def _faults_between_sections(data: object) -> Iterator[Fault]:
-    """
-    Compare routes with each other and with upstreams.
-
-    This works on plain values, so that one wrong setting does not hide what else is wrong.
-    """
-    if not isinstance(data, dict) or not isinstance(data.get("routes"), list):
-        return
-    routes = [(index, each) for index, each in enumerate(data["routes"]) if isinstance(each, dict)]
-    yield from _repeated_paths(routes)
-    if isinstance(upstreams := data.get("upstreams"), dict):
-        deep = {name for name, each in upstreams.items() if _takes_rest(each)}
-        for index, route in routes:
-            yield from _faults_of_upstreams(index, route, tuple(upstreams), deep)
-
-
-def _repeated_paths(routes: list[tuple[int, dict[str, object]]]) -> Iterator[Fault]:
-    first: dict[str, int] = {}
-    for index, route in routes:
-        path = route.get("path")
-        if isinstance(path, str) and first.setdefault(path, index) != index:
-            message = f"routes.{first[path]} has the path {shown(path)} already (write another)"
-            yield Fault(("routes", index, "path"), message)
-
-
-def _faults_of_upstreams(
-    index: int, route: dict[str, object], known: tuple[str, ...], deep: set[str]
-) -> Iterator[Fault]:
-    """Judge the upstreams that *route* names; those in *deep* need the rest of its path."""
-    names, path = route.get("upstreams"), route.get("path")
-    flat = isinstance(path, str) and not path.endswith("/{rest}")
-    for position, name in enumerate(names if isinstance(names, list) else [names]):
-        place = ("routes", index, "upstreams", position)
-        if not isinstance(name, str) or not name.strip():
-            continue
-        if name not in known:
-            yield Fault(place, _unknown_upstream(name, known))
-        elif flat and name in deep:
-            message = f"{shown(name)} uses {{rest}}, but the path has none (end it in /{{rest}})"
-            yield Fault(place, message)
-
-
-def _unknown_upstream(name: str, names: tuple[str, ...]) -> str:
-    return f"no upstream is called {shown(name)} ({_advice(name, names)})"
-
-
-def _takes_rest(upstream: object) -> bool:
-    if not isinstance(upstream, dict):
-        return False
-    texts = [upstream.get("endpoint")]
-    for section in (upstream.get("params"), upstream.get("headers")):
-        texts += section.values() if isinstance(section, dict) else ()
-    return any(_uses_rest(text) for text in texts if isinstance(text, str))
-
-
-def _uses_rest(text: str) -> bool:
-    try:
-        return Template.parse(text).uses_rest
-    except ValueError:
-        return False

@@ -8,50 +8,66 @@ Rule 4: what can be read off one section is checked here; what needs two is in `
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from types import UnionType
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     PlainValidator,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
 )
 
+from vastproxy.config.state import Budget, FrequencyCap, check_cap, check_each_once
 from vastproxy.config.template import Template
 from vastproxy.config.units import (
-    DURATION_PATTERN,
-    MAX_PORT,
-    SIZE_PATTERN,
     TOKEN_PATTERN,
     Listen,
     Network,
     Source,
+    StateUrl,
     check_authority,
-    parse_duration,
     parse_host_pattern,
-    parse_network,
-    parse_size,
     shown,
+)
+from vastproxy.config.values import (
+    Address,
+    Addresses,
+    Cidr,
+    Count,
+    Directory,
+    Duration,
+    Name,
+    Names,
+    Place,
+    Port,
+    ReservationTtl,
+    Secrets,
+    Settings,
+    Size,
+    State,
+    Text,
+    lasting,
+    listed_or_none,
+    setting,
+    some,
 )
 
 __all__ = [
+    "Budget",
     "Config",
     "Egress",
+    "FrequencyCap",
     "Listen",
     "Log",
     "Network",
     "Route",
     "Server",
     "Source",
+    "StateUrl",
     "Template",
     "Upstream",
     "UpstreamMacros",
@@ -60,13 +76,14 @@ __all__ = [
     "settings_at",
 ]
 
-T = TypeVar("T")
 Spelling = Literal["encoded", "lowercase", "percent", "braces", "brace", "dollar", "underscore"]
 
 MAX_BODY: Final = 2 * 1024 * 1024
 """Bytes of one ad server's answer. The largest of the IAB's samples has 22 KiB."""
 MIN_DEADLINE: Final = 0.05
 """Seconds. One round trip between continents takes longer: less can never give an ad."""
+MAX_WORKERS: Final = 256
+"""Processes. Machines with more cores are rare, and are better cut up."""
 MAX_HOPS: Final = 20
 """Wrappers. VAST 4.3 section 2.4.5 recommends five; 20 leaves room and still ends."""
 RESERVED_PATHS: Final = ("/hop", "/beacon")
@@ -160,12 +177,6 @@ def _cookie_name(name: str) -> str:
     raise ValueError(f"{shown(name)} is no name of a cookie (write a name such as uid)")
 
 
-def _present(text: str) -> str:
-    if text.strip():
-        return text
-    raise ValueError("the text is empty (write a name, or remove this line)")
-
-
 def _public_url(url: str) -> str:
     check_authority(url)
     if re.search(r"[?#]", url):
@@ -188,18 +199,6 @@ def _endpoint(value: Template) -> Template:
     if "#" in url:
         raise ValueError(f"{shown(value.text)} has a fragment, which is never sent (write %23)")
     return value
-
-
-def _one_process(workers: int) -> int:
-    if workers == 1:
-        return workers
-    raise ValueError(f"{workers} workers: this version runs one process (write 1)")
-
-
-def _in_memory(state: str) -> str:
-    if state == "memory://":
-        return state
-    raise ValueError(f"{shown(state)}: this version keeps its state in memory (write memory://)")
 
 
 def _mode(mode: object) -> object:
@@ -247,6 +246,13 @@ def _correlator_source(value: Source) -> Source:
     raise ValueError(f"'{value}' is a cookie (write query:{value.name} or header:{value.name})")
 
 
+def _cap_of_route(cap: FrequencyCap, info: ValidationInfo) -> FrequencyCap:
+    # A setting that is wrong itself is not there; then this one is given the benefit of the doubt.
+    has_viewer = bool(info.data.get("viewer", True))
+    check_cap(cap, mode=info.data.get("mode", "resolve"), has_viewer=has_viewer)
+    return cap
+
+
 def _forward_query(value: object) -> Literal["all", "none"] | tuple[str, ...]:
     if value == "all":
         return "all"
@@ -257,66 +263,6 @@ def _forward_query(value: object) -> Literal["all", "none"] | tuple[str, ...]:
     raise ValueError(f"{shown(value)} is no choice here (write all, none or a list: [slot, uid])")
 
 
-def _some(values: T) -> T:
-    if values:
-        return values
-    raise ValueError("it is empty (write at least one)")
-
-
-def _listed(value: object) -> object:
-    return (value,) if isinstance(value, (str, Listen)) else value
-
-
-def _listed_or_none(value: object) -> object:
-    return () if value is None else _listed(value)
-
-
-def _reading(parse: Callable[[str], T], kind: type | UnionType) -> Callable[[object], T]:
-    """Make a validator that *parse*s text and lets through what is of *kind* already."""
-
-    def read(value: object) -> T:
-        if isinstance(value, kind):
-            return cast("T", value)
-        if isinstance(value, str):
-            return parse(value)
-        if value is None:
-            raise ValueError("nothing is written here (write a value, or remove this line)")
-        raise ValueError(f"{shown(value)} is no text (put text with braces or brackets in quotes)")
-
-    return read
-
-
-def _text_schema(pattern: str | None = None) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string"} | ({"pattern": pattern} if pattern else {}))
-
-
-_AS_TEXT = PlainSerializer(str)
-
-Count = Annotated[int, Field(ge=1)]
-Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
-Name = Annotated[str, AfterValidator(_present)]
-Duration = Annotated[
-    float, PlainValidator(_reading(parse_duration, float)), _text_schema(DURATION_PATTERN)
-]
-Size = Annotated[int, PlainValidator(_reading(parse_size, int)), _text_schema(SIZE_PATTERN)]
-Text = Annotated[
-    Template, PlainValidator(_reading(Template.parse, Template)), _text_schema(), _AS_TEXT
-]
-Place = Annotated[Source, PlainValidator(_reading(Source.parse, Source)), _text_schema(), _AS_TEXT]
-Address = Annotated[
-    Listen, PlainValidator(_reading(Listen.parse, Listen)), _text_schema(), _AS_TEXT
-]
-Addresses = Annotated[
-    tuple[Address, ...],
-    AfterValidator(_some),
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-]
-Cidr = Annotated[
-    Network,
-    PlainValidator(_reading(parse_network, Network)),
-    _text_schema(),
-    _AS_TEXT,
-]
 HostPattern = Annotated[str, AfterValidator(parse_host_pattern)]
 Headers = Annotated[
     Mapping[
@@ -327,48 +273,45 @@ Headers = Annotated[
 SettableMacro = Annotated[str, AfterValidator(_settable_macro)]
 
 
-def _setting(default: object, about: str) -> Any:  # noqa: ANN401 - validated, whatever it is
-    """Declare a setting with its *default* as it would be written, and what it is *about*."""
-    return Field(default, description=about, validate_default=True)
-
-
-class Settings(BaseModel):
-    """A section of config.yaml: frozen, and strict about what it is given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Server(Settings):
     """The listeners, and what is true for all routes."""
 
-    listen: Addresses = _setting(
+    listen: Addresses = setting(
         "127.0.0.1:8080",
         "Where players are answered: host:port, :port, [v6]:port unix:/path or a list of these.",
     )
     admin: Annotated[
         tuple[Address, ...],
-        BeforeValidator(_listed_or_none, json_schema_input_type=str | list[str] | None),
-    ] = _setting(
+        BeforeValidator(listed_or_none, json_schema_input_type=str | list[str] | None),
+    ] = setting(
         "127.0.0.1:8081",
         "Where /healthz and /readyz are served: written like `listen`, on a loopback "
         "address or a Unix socket only; null switches it off.",
     )
-    workers: Annotated[int, AfterValidator(_one_process)] = _setting(
-        1, "How many processes serve. This version runs one."
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = setting(
+        1, "How many processes serve; 1 to 256. Several need a state that they can share."
     )
-    public_url: Annotated[str, AfterValidator(_public_url)] | None = _setting(
+    secret: Secrets = setting(
+        [],
+        "What seals the proxy's own URLs: a text of 8 characters or more, or a list of which the "
+        "first seals and all open; []: one is made at start.",
+    )
+    beacon_ttl: Annotated[Duration, lasting("1m", "7d")] = setting(
+        "24h", "How long the URL that says that an ad was shown is taken; 1m to 7d."
+    )
+    public_url: Annotated[str, AfterValidator(_public_url)] | None = setting(
         None, "The URL under which players reach the proxy; null: as each request came in."
     )
-    trusted_proxies: tuple[Cidr, ...] = _setting(
+    trusted_proxies: tuple[Cidr, ...] = setting(
         [], "Networks whose X-Forwarded-For, X-Device-* and X-Request-Id headers are believed."
     )
-    shutdown_timeout: Duration = _setting(
+    shutdown_timeout: Duration = setting(
         "10s", "How long requests in flight may go on after the signal to stop."
     )
-    keepalive_timeout: Duration = _setting(
+    keepalive_timeout: Duration = setting(
         "75s", "How long an idle connection of a player is kept open."
     )
-    max_requests_in_flight: Count = _setting(
+    max_requests_in_flight: Count = setting(
         2000, "Ad requests served at one time; beyond it, an empty VAST is answered at once."
     )
 
@@ -399,10 +342,10 @@ class Server(Settings):
 class Log(Settings):
     """What is written to standard error, and how."""
 
-    level: Literal["debug", "info", "warning", "error"] = _setting(
+    level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "The least important events that are written."
     )
-    format: Literal["auto", "json", "console"] = _setting(
+    format: Literal["auto", "json", "console"] = setting(
         "auto", "json: a line of JSON for each event; console: for people; auto: by the terminal."
     )
 
@@ -410,13 +353,13 @@ class Log(Settings):
 class Egress(Settings):
     """Where URLs that third parties name may lead. Endpoints of upstreams are always allowed."""
 
-    allow: tuple[Cidr, ...] = _setting(
+    allow: tuple[Cidr, ...] = setting(
         [], "Networks that hops may reach although their addresses are not public."
     )
-    ports: Annotated[tuple[Port, ...], AfterValidator(_some)] = _setting(
+    ports: Annotated[tuple[Port, ...], AfterValidator(some)] = setting(
         [80, 443], "The ports that hops may use."
     )
-    nat64: bool = _setting(
+    nat64: bool = setting(
         False,  # noqa: FBT003 - a default
         "Whether hops may use NAT64 addresses (RFC 6052) for IPv4 addresses that are allowed.",
     )
@@ -425,16 +368,16 @@ class Egress(Settings):
 class UpstreamMacros(Settings):
     """How macros are written in the URLs of an upstream and of the chains it starts."""
 
-    timestamp: Literal["unix_ms", "iso8601"] = _setting(
+    timestamp: Literal["unix_ms", "iso8601"] = setting(
         "unix_ms",
         "What [TIMESTAMP] becomes: milliseconds since 1970, or ISO 8601 as VAST 4 asks.",
     )
-    spellings: tuple[Spelling, ...] = _setting(
+    spellings: tuple[Spelling, ...] = setting(
         ["encoded", "lowercase"],
         "Spellings that are filled besides [NAME]: encoded %5BNAME%5D, lowercase [name], "
         "percent %%NAME%%, braces {{NAME}}, brace {NAME}, dollar ${NAME}, underscore __NAME__.",
     )
-    aliases: Mapping[Name, Annotated[str, AfterValidator(known_macro)]] = _setting(
+    aliases: Mapping[Name, Annotated[str, AfterValidator(known_macro)]] = setting(
         {}, "Spellings of an ad server's own: the exact text, and the macro it stands for."
     )
 
@@ -445,37 +388,41 @@ class Upstream(Settings):
     endpoint: Annotated[Text, AfterValidator(_endpoint)] = Field(
         description="Its URL, a template. If it begins with a placeholder, `hosts` is needed."
     )
-    hosts: tuple[HostPattern, ...] = _setting(
+    hosts: tuple[HostPattern, ...] = setting(
         [],
         "For an endpoint that the player names: the only hosts it may lead to, each as host, "
         "host:port or *.host.",
     )
-    params: Mapping[Name, Text] = _setting(
+    params: Mapping[Name, Text] = setting(
         {}, "Query parameters that are added to the endpoint: names and templates."
     )
-    headers: Headers = _setting(
+    headers: Headers = setting(
         {}, "Request headers that are sent to the endpoint: names and templates."
     )
-    timeout: Duration = _setting("1s", "The longest that one answer of this ad server may take.")
-    max_body: Annotated[Size, AfterValidator(_max_body)] = _setting(
+    timeout: Duration = setting("1s", "The longest that one answer of this ad server may take.")
+    max_body: Annotated[Size, AfterValidator(_max_body)] = setting(
         "512KiB", "The longest body, counted after decompression; at most 2MiB."
     )
-    cookies: Literal["chain", "off"] = _setting(
+    cookies: Literal["chain", "viewer", "off"] = setting(
         "chain",
-        "chain: cookies live for one ad request, each for its own site; off: none are kept.",
+        "chain: cookies live for one ad request, each for its own site; viewer: they are kept for "
+        "the viewer's next requests; off: none are kept.",
     )
-    session_params: tuple[Literal["correlator", "timestamp"], ...] = _setting(
+    cookie_ttl: Annotated[Duration, lasting("1s", "400d")] = setting(
+        "30d", "How long cookies are kept for a viewer, from the last change on; 1s to 400d."
+    )
+    session_params: tuple[Literal["correlator", "timestamp"], ...] = setting(
         ["correlator", "timestamp"],
         "Parameters of the session that are added to the endpoint; [] for a tag that is signed.",
     )
-    user_agent: Literal["device", "proxy"] = _setting(
+    user_agent: Literal["device", "proxy"] = setting(
         "device", "Whose User-Agent is sent: the viewer's device's, or the proxy's own."
     )
-    x_forwarded_for: Literal["set", "append", "off"] = _setting(
+    x_forwarded_for: Literal["set", "append", "off"] = setting(
         "set",
         "set: the viewer's address alone; append: added to what a trusted proxy sent; off: none.",
     )
-    macros: UpstreamMacros = _setting({}, "How macros are written in this upstream's URLs.")
+    macros: UpstreamMacros = setting({}, "How macros are written in this upstream's URLs.")
 
     @field_validator("hosts")
     @classmethod
@@ -504,62 +451,75 @@ class Route(Settings):
     mode: Annotated[
         Literal["resolve", "passthrough"],
         BeforeValidator(_mode, json_schema_input_type=Literal["resolve", "passthrough"]),
-    ] = _setting(
+    ] = setting(
         "resolve",
         "resolve: the chain is followed and merged; passthrough: the upstream's document is "
         "answered with its macros filled.",
     )
-    upstreams: Annotated[
-        tuple[Name, ...],
-        AfterValidator(_some),
-        BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-    ] = Field(description="The names of the ad servers to ask, in this order until one has an ad.")
+    upstreams: Names = Field(
+        description="The names of the ad servers to ask, in this order until one has an ad."
+    )
     forward_query: Annotated[
         Literal["all", "none"] | tuple[str, ...],
         PlainValidator(_forward_query, json_schema_input_type=Literal["all", "none"] | list[str]),
-    ] = _setting(
+    ] = setting(
         "all", "Which of the player's query parameters go on to the upstream: all, none or a list."
     )
-    forward_cookies: tuple[Annotated[str, AfterValidator(_cookie_name)], ...] = _setting(
+    forward_cookies: tuple[Annotated[str, AfterValidator(_cookie_name)], ...] = setting(
         [], "Names of the player's cookies that are handed to the upstreams of this route."
     )
-    viewer: tuple[Place, ...] = _setting(
+    viewer: tuple[Place, ...] = setting(
         [], "Where the viewer's id is found: query:NAME, header:NAME, cookie:NAME; the first wins."
     )
-    correlator: Annotated[Place, AfterValidator(_correlator_source)] | None = _setting(
+    correlator: Annotated[Place, AfterValidator(_correlator_source)] | None = setting(
         None, "Where the request may bring its own correlator: query:NAME or header:NAME."
     )
-    correlator_params: tuple[Name, ...] = _setting(
+    correlator_params: tuple[Name, ...] = setting(
         ["correlator"],
         "Query parameters whose value becomes the correlator in every URL that has them.",
     )
-    deadline: Annotated[Duration, AfterValidator(_deadline)] = _setting(
+    deadline: Annotated[Duration, AfterValidator(_deadline)] = setting(
         "2500ms", "How long one ad request may take as a whole; at least 50ms."
     )
-    max_hops: Annotated[int, Field(ge=0, le=MAX_HOPS)] = _setting(
+    max_hops: Annotated[int, Field(ge=0, le=MAX_HOPS)] = setting(
         5, "How many wrappers may follow one another; 0 to 20."
     )
-    max_fetches: Count = _setting(
+    max_fetches: Count = setting(
         100, "How many documents one ad request may fetch, those of all its upstreams together."
     )
-    standalone_ads: Count = _setting(
+    standalone_ads: Count = setting(
         1, "How many ads are wanted of a document that offers several without a sequence."
     )
-    strict: bool = _setting(
+    strict: bool = setting(
         False,  # noqa: FBT003 - a default
         "Whether allowMultipleAds=false refuses every ad with a sequence, as the text of VAST has "
         "it; otherwise the lowest sequence is taken.",
     )
-    error_reporting: Literal["proxy", "player"] = _setting(
+    error_reporting: Literal["proxy", "player"] = setting(
         "proxy", "Who calls the <Error> URLs of a chain that gave no ad."
     )
-    fill_macros: Literal["standard", "all"] = _setting(
+    fill_macros: Literal["standard", "all"] = setting(
         "standard",
         "Macros in the answer. standard: those that players do not fill; all: whatever is known.",
     )
-    macros: Mapping[SettableMacro, Text] = _setting(
+    macros: Mapping[SettableMacro, Text] = setting(
         {}, "Values for macros that only the player or the operator knows: names and templates."
     )
+    reservation_ttl: ReservationTtl = setting(
+        "10m", "How long an ad that was answered waits for its impression; 1s to 24h."
+    )
+    frequency_caps: tuple[Annotated[FrequencyCap, AfterValidator(_cap_of_route)], ...] = setting(
+        [], "How many ads a viewer is shown: a list of limits, all of which hold."
+    )
+    budget: Budget | None = setting(None, "What the ads of this route may cost in all.")
+
+    @field_validator("frequency_caps")
+    @classmethod
+    def _each_cap_once(
+        cls, value: tuple[FrequencyCap, ...], info: ValidationInfo
+    ) -> tuple[FrequencyCap, ...]:
+        check_each_once(value, info.data.get("upstreams", ()))
+        return value
 
     @field_validator("macros")
     @classmethod
@@ -583,16 +543,26 @@ class Route(Settings):
 class Config(Settings):
     """The whole of config.yaml. Made by :func:`vastproxy.config.load.load`."""
 
-    server: Server = _setting({}, "Listeners, limits, and what is true for all routes.")
-    state: Annotated[str, AfterValidator(_in_memory)] = _setting(
-        "memory://", "Where state is kept that outlives a request. This version has memory only."
+    server: Server = setting({}, "Listeners, limits, and what is true for all routes.")
+    state: State = setting(
+        "memory://",
+        "Where state is kept that outlives a request: memory://, redis://, rediss://, "
+        "redis+cluster://, rediss+cluster://, sqlite:///file or postgresql://.",
     )
-    log: Log = _setting({}, "How much is logged, and in which form.")
-    egress: Egress = _setting({}, "Where URLs that third parties name may lead.")
+    state_timeout: Annotated[Duration, lasting("1ms", "5s")] = setting(
+        "50ms", "The longest that an ad request waits for the state in all; 1ms to 5s."
+    )
+    journal: Directory | None = setting(
+        None,
+        "A directory for what was served while the state was away, until it is written there; "
+        "null: that is kept in memory only.",
+    )
+    log: Log = setting({}, "How much is logged, and in which form.")
+    egress: Egress = setting({}, "Where URLs that third parties name may lead.")
     upstreams: Annotated[
-        Mapping[Annotated[str, AfterValidator(_upstream_name)], Upstream], AfterValidator(_some)
+        Mapping[Annotated[str, AfterValidator(_upstream_name)], Upstream], AfterValidator(some)
     ] = Field(description="The ad servers, each under a name of its own.")
-    routes: Annotated[tuple[Route, ...], AfterValidator(_some)] = Field(
+    routes: Annotated[tuple[Route, ...], AfterValidator(some)] = Field(
         description="The paths that players ask."
     )
 
@@ -622,5 +592,8 @@ def settings_at(path: tuple[str | int, ...], whole: dict[str, Any]) -> tuple[str
 
 
 def _resolved(section: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    # A section that may be null is one of several that it may be.
+    choices = section.get("anyOf", ())
+    section = next((each for each in choices if "$ref" in each), section)
     name: str = section.get("$ref", "").rpartition("/")[2]
     return whole["$defs"][name] if name else section

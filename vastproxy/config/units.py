@@ -1,17 +1,22 @@
 """
-Values as people write them: ``800ms``, ``512KiB``, ``127.0.0.1:8080``, ``query:uid``.
+Values as people write them: ``800ms``, ``512KiB``, ``127.0.0.1:8080``, ``query:uid``, ``2.50``.
 
 Rule 1: every reader takes text and gives a value, or raises ValueError with a whole message.
 Rule 2: a number without a unit is refused; whoever writes one means a different unit than we do.
+Rule 3: money is a Decimal, and never was a float.
+Rule 4: the URL of a state may hold a password: no message, ``str`` or ``repr`` has it.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 Network = IPv4Network | IPv6Network
 SourceKind = Literal["query", "header", "cookie"]
+StateKind = Literal["memory", "redis", "cluster", "sqlite", "postgresql"]
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 """Seconds in one unit of time."""
@@ -23,6 +28,29 @@ LONGEST_SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
 MAX_PORT = 65535
+MAX_MONEY: Final = Decimal(9_000_000_000)
+"""Units of a currency: their millionths are integers that a double holds exactly, as Lua's are."""
+MONEY_DECIMALS: Final = 6
+"""Digits behind the point: sums are kept in millionths of a unit."""
+STATE_KINDS: Final[Mapping[str, StateKind]] = {
+    "memory": "memory",
+    "redis": "redis",
+    "rediss": "redis",
+    "redis+cluster": "cluster",
+    "rediss+cluster": "cluster",
+    "sqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
+    "postgresql": "postgresql",
+    "postgresql+asyncpg": "postgresql",
+    "postgresql+psycopg": "postgresql",
+    "postgres": "postgresql",
+}
+"""Which kind of state the scheme of a URL means."""
+_EXAMPLES: Final[Mapping[StateKind, str]] = {
+    "redis": "redis://127.0.0.1:6379/0",
+    "cluster": "redis+cluster://127.0.0.1:6379",
+    "postgresql": "postgresql://user:password@host:5432/db",
+}
 
 # Nine digits hold 30 years of seconds; without a bound, a float could become infinite.
 _NUMBER_PATTERN = r"[0-9]{1,9}(\.[0-9]{1,9})?"
@@ -30,6 +58,14 @@ DURATION_PATTERN = rf"^{_NUMBER_PATTERN}(ms|s|m|h|d)$"
 SIZE_PATTERN = rf"^{_NUMBER_PATTERN}(B|kB|KiB|MB|MiB)$"
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\.?"
 _BRACKETED = r"\[[0-9A-Fa-f:.]+\]"
+# RFC 3986 section 3.2: what is no part of a user or a password is percent-encoded there.
+_USER = r"(?:[!$&'()*+,;=._~A-Za-z0-9-]|%[0-9A-Fa-f]{2})"
+_AUTHORITY = re.compile(
+    rf"(?:({_USER}*)(?::((?:{_USER}|:)*))?@)?(?:({_HOST}|{_BRACKETED})(?::([0-9]{{1,5}}))?)?"
+)
+_OPTIONS = re.compile(r"[A-Za-z0-9_.-]+=[!-%'-~]*(?:&[A-Za-z0-9_.-]+=[!-%'-~]*)*")
+_PASSWORD_OPTION = re.compile(r"((?:^|&)[^=&]*pass[^=&]*)=[^&]*", re.IGNORECASE)
+MONEY_PATTERN = rf"^[0-9]{{1,10}}(\.[0-9]{{1,{MONEY_DECIMALS}}})?$"
 
 
 def parse_duration(text: str) -> float:
@@ -56,6 +92,24 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{shown(text)} is less than one byte (write 1000B, 512KiB or 2MiB)")
     return size
+
+
+def parse_money(text: str) -> Decimal:
+    """Turn *text*, such as ``2.50``, into units of a currency, exactly; else raise ValueError."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII):
+        raise ValueError(f"{shown(text)} is no amount of money (write one such as 1000 or 2.50)")
+    if not re.fullmatch(MONEY_PATTERN, text):
+        if len(text.partition(".")[2]) > MONEY_DECIMALS:
+            raise ValueError(
+                f"{shown(text)} has more than {MONEY_DECIMALS} decimals (write one such as 0.0025)"
+            )
+        raise ValueError(f"{shown(text)} is too much (write {MAX_MONEY} or less)")
+    amount = Decimal(text)
+    if not amount:
+        raise ValueError(f"{shown(text)} is no money at all (write more than 0, such as 2.50)")
+    if amount > MAX_MONEY:
+        raise ValueError(f"{shown(text)} is too much (write {MAX_MONEY} or less)")
+    return amount
 
 
 def shown(value: object) -> str:
@@ -151,6 +205,123 @@ class Source:
         return f"{self.kind}:{self.name}"
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class StateUrl:
+    """
+    Where state is kept; made by :meth:`parse`.
+
+    Messages repeat nothing of the URL: what stands where is not known before it is understood.
+    """
+
+    kind: StateKind
+    url: str
+    """As the operator wrote it, with its password: for the backend alone."""
+    public: str
+    """The same without what is secret."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read *text*, such as ``redis://127.0.0.1:6379/0``; else raise ValueError."""
+        scheme, separator, rest = text.partition("://")
+        kind = STATE_KINDS.get(scheme) if separator else None
+        if kind is None:
+            raise ValueError(
+                "this is the URL of no state (write memory://, redis://127.0.0.1:6379, "
+                "rediss://..., redis+cluster://..., rediss+cluster://..., "
+                "sqlite:///vastproxy.db or postgresql://user@host/db)"
+            )
+        if kind == "memory":
+            _check_memory(rest)
+            return cls(kind, text, text)
+        if kind == "sqlite":
+            _check_file(rest)
+            return cls(kind, text, text)
+        return cls(kind, text, f"{scheme}://{_checked_server(kind, rest)}")
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether several processes can have this state together."""
+        return self.kind != "memory"
+
+    def __str__(self) -> str:
+        return self.public
+
+    def __repr__(self) -> str:
+        return f"StateUrl({self.public!r})"
+
+
+def _check_memory(rest: str) -> None:
+    if rest:
+        raise ValueError("memory:// takes nothing behind it (write memory://)")
+
+
+def _check_file(rest: str) -> None:
+    path = rest.removeprefix("/")
+    if not rest.startswith("/") or not path or path.endswith("/"):
+        raise ValueError(
+            "the URL names no file (write sqlite:///vastproxy.db, or with an absolute path "
+            "sqlite:////var/lib/vastproxy.db)"
+        )
+    if path == ":memory:":
+        raise ValueError("no second process could open this database (write memory://)")
+    if not path.isprintable() or re.search(r"[?#]", path):
+        raise ValueError(
+            "the path has ?, # or a character that cannot be seen (write sqlite:///vastproxy.db)"
+        )
+
+
+def _checked_server(kind: StateKind, rest: str) -> str:
+    """Check what follows ``scheme://``, and give it without what is secret."""
+    example = _EXAMPLES[kind]
+    whole, _, options = rest.partition("?")
+    authority, slash, path = whole.partition("/")
+    found = _AUTHORITY.fullmatch(authority)
+    if not found or "@" in path or "#" in rest:
+        raise ValueError(
+            "what stands between :// and / is no [user:password@]host[:port] "
+            f"(write {example}; in a password, write %40 for @, %2F for /, %23 for #, %25 for %)"
+        )
+    if options and not _OPTIONS.fullmatch(options):
+        raise ValueError(f"what follows ? is no name=value&name=value (write {example})")
+    _check_host_of_state(kind, found, options)
+    _check_database(kind, path)
+    login, at, place = authority.rpartition("@")
+    user, colon, _ = login.partition(":")
+    secret = "***" if colon else ""
+    hidden = _PASSWORD_OPTION.sub(r"\1=***", options)
+    mark = "?" if hidden else ""
+    return f"{user}{colon}{secret}{at}{place}{slash}{path}{mark}{hidden}"
+
+
+def _check_host_of_state(kind: StateKind, found: re.Match[str], options: str) -> None:
+    user, password, host, port = found.groups()
+    by_option = kind == "postgresql" and re.search(r"(?:^|&)host=.", options)
+    if not host and not by_option:
+        raise ValueError(f"the URL names no host (write {_EXAMPLES[kind]})")
+    if host and host.startswith("[") and not _is_address(host.strip("[]")):
+        raise ValueError("what stands in brackets is no IP address (write one such as [::1])")
+    if port is not None and not 0 < int(port) <= MAX_PORT:
+        raise ValueError(f"the port is none from 1 to {MAX_PORT} (write {_EXAMPLES[kind]})")
+    if kind != "postgresql" and user and password is None:
+        raise ValueError(
+            "there is a user without a password (write redis://user:password@host, or, for a "
+            "password alone, redis://:password@host)"
+        )
+
+
+def _check_database(kind: StateKind, path: str) -> None:
+    if kind == "postgresql":
+        if not re.fullmatch(r"[!-.0-~]+", path):
+            raise ValueError(f"the URL names no database (write {_EXAMPLES[kind]})")
+        return
+    if not re.fullmatch(r"[0-9]{0,5}", path):
+        raise ValueError(
+            f"what follows the host is no number of a database (write {_EXAMPLES[kind]})"
+        )
+    if kind == "cluster" and path.strip("0"):
+        raise ValueError(f"a cluster has the database 0 only (write {_EXAMPLES[kind]})")
+
+
 def parse_network(text: str) -> Network:
     """Read a network, or an address as a network of one; else raise ValueError."""
     try:
@@ -198,10 +369,16 @@ def parse_host_pattern(text: str) -> str:
 
 
 def _check_address(text: str) -> None:
+    if not _is_address(text):
+        raise ValueError(f"{shown(text)} is no IP address (write one such as ::1)")
+
+
+def _is_address(text: str) -> bool:
     try:
         ip_address(text)
     except ValueError:
-        raise ValueError(f"{shown(text)} is no IP address (write one such as ::1)") from None
+        return False
+    return True
 
 
 def _split(text: str) -> tuple[str, str]:

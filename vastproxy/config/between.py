@@ -1,0 +1,234 @@
+"""
+What a mistake is, and those that two sections make together.
+
+Rule 1: this works on plain values, so that one wrong setting does not hide what else is wrong.
+Rule 2: what is no value of its setting is passed over here; the schema tells of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Final, TypeVar
+
+from vastproxy.config.schema import Budget, Route
+from vastproxy.config.template import Template
+from vastproxy.config.units import LONGEST_SHOWN, StateUrl, parse_duration, parse_money, shown
+
+Place = tuple[str | int, ...]
+"""Where something stands: names of settings, and indexes of lists."""
+Section = Mapping[str, object]
+"""Plain values, by the names of the settings."""
+Routes = Sequence[tuple[int, Section]]
+"""Routes with their places in the list."""
+T = TypeVar("T")
+
+NEAR: Final = 0.7
+"""How alike two names must be for one to be proposed for the other: 'deadline' is no 'admin'."""
+MOST_COMPARED: Final = 200
+"""Names among which the nearest to a misspelt one is looked for."""
+MOST_LISTED: Final = 24
+"""Names in one message. No section has more settings."""
+SHARED_BY_ROUTES: Final = ("limit", "currency", "mode", "on_state_loss")
+"""What all routes that name one campaign must say alike: there is one account."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One mistake, not yet tied to a line."""
+
+    place: Place
+    message: str
+    line: int | None = None
+    """Where it is not the line of *place*."""
+    others: tuple[Place, ...] = ()
+    """Other places of which the message repeats something."""
+
+
+def advice(name: str, names: tuple[str, ...]) -> str:
+    """Say which of *names* may be meant by *name*, or which there are."""
+    near = get_close_matches(name[:LONGEST_SHOWN], names[:MOST_COMPARED], n=1, cutoff=NEAR)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    more = ", ..." if len(names) > MOST_LISTED else ""
+    return f"there are: {', '.join(names[:MOST_LISTED])}{more}"
+
+
+def faults_between_sections(data: object) -> Iterator[Fault]:
+    """Compare sections of *data*, which is the whole file, with each other."""
+    whole = _section(data)
+    server, upstreams = _section(whole.get("server")), _section(whole.get("upstreams"))
+    listed = whole.get("routes")
+    entries = enumerate(listed if isinstance(listed, list) else ())
+    routes = [(index, each) for index, each in entries if isinstance(each, dict)]
+    yield from _unshared_state(server, whole.get("state", "memory://"))
+    yield from _repeated_paths(routes)
+    yield from _short_beacons(server, routes)
+    yield from _quarrels_over_campaigns(routes)
+    deep = {name for name, each in upstreams.items() if _takes_rest(each)}
+    for index, route in routes:
+        if isinstance(whole.get("upstreams"), dict):
+            yield from _faults_of_upstreams(index, route, tuple(upstreams), deep)
+        yield from _viewers_wanted(index, route, upstreams)
+        yield from _strange_upstreams(index, route)
+
+
+def _section(value: object) -> Section:
+    return value if isinstance(value, dict) else {}
+
+
+def _read(parse: Callable[[str], T], value: object) -> T | None:
+    """*Parse* what the operator wrote; None where that is no value of the setting."""
+    try:
+        return parse(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _unshared_state(server: Section, state: object) -> Iterator[Fault]:
+    workers, url = _read(int, server.get("workers")), _read(StateUrl.parse, state)
+    if workers and workers > 1 and url and not url.is_shared:
+        message = (
+            f"{workers} workers cannot share memory:// (write workers: 1, or a state that they can "
+            "share: redis://127.0.0.1:6379, postgresql://user@host/db or sqlite:///vastproxy.db)"
+        )
+        yield Fault(("server", "workers"), message)
+
+
+def _short_beacons(server: Section, routes: Routes) -> Iterator[Fault]:
+    """Compare how long beacons are taken with how long reservations wait for them."""
+    beacons = _read(parse_duration, server.get("beacon_ttl"))
+    waits = [each for index, route in routes for each in _waits(index, route)]
+    if beacons is None or not waits:
+        return
+    longest, text, place = max(waits, key=lambda wait: wait[0])
+    if longest > beacons:
+        where = ".".join(str(step) for step in place)
+        message = (
+            f"{shown(server['beacon_ttl'])} is shorter than the reservation_ttl of {where}, {text} "
+            f"(write {text} or more here, or less there)"
+        )
+        yield Fault(("server", "beacon_ttl"), message, others=(place,))
+
+
+def _waits(index: int, route: Section) -> Iterator[tuple[float, str, Place]]:
+    """List each reservation_ttl of *route*: its seconds, its text, its place."""
+    default = Route.model_fields["reservation_ttl"].default
+    sections = {(): {"reservation_ttl": default, **route}, **_counting(route)}
+    for place, section in sections.items():
+        text = section.get("reservation_ttl")
+        if seconds := _read(parse_duration, text):
+            yield seconds, str(text), ("routes", index, *place)
+
+
+def _counting(route: Section) -> dict[Place, Section]:
+    """Give the budget and the caps of *route*, by their places in it."""
+    caps = route.get("frequency_caps")
+    listed = enumerate(caps if isinstance(caps, list) else ())
+    sections: dict[Place, Section] = {("budget",): _section(route.get("budget"))}
+    return sections | {("frequency_caps", at): _section(cap) for at, cap in listed}
+
+
+def _quarrels_over_campaigns(routes: Routes) -> Iterator[Fault]:
+    first: dict[str, tuple[int, Section]] = {}
+    for index, route in routes:
+        budget = _section(route.get("budget"))
+        campaign = budget.get("campaign")
+        if not isinstance(campaign, str):
+            continue
+        other, before = first.setdefault(campaign, (index, budget))
+        for name in SHARED_BY_ROUTES:
+            one, two = _said(before, name), _said(budget, name)
+            if one is not None and two is not None and one != two:
+                message = (
+                    f"the campaign {shown(campaign)} has {name}: {one} in routes.{other}, and "
+                    f"{name}: {two} in routes.{index} (write the same in both)"
+                )
+                others = (("routes", other, "budget"), ("routes", index, "budget"))
+                yield Fault(("routes", index, "budget", name), message, others=others)
+
+
+def _said(budget: Section, name: str) -> str | None:
+    """Give what *budget* says of *name*, in a form that can be compared; None: nothing usable."""
+    value = budget.get(name, Budget.model_fields[name].default)
+    if name != "limit":
+        return value if isinstance(value, str) else None
+    amount = _read(parse_money, value)
+    return None if amount is None else f"{amount.normalize():f}"
+
+
+def _viewers_wanted(index: int, route: Section, upstreams: Section) -> Iterator[Fault]:
+    """Tell of upstreams that keep cookies for viewers, where the route knows none."""
+    if route.get("viewer", []) != []:
+        return
+    for name in _names(route.get("upstreams")):
+        if _section(upstreams.get(name)).get("cookies") == "viewer":
+            message = (
+                f"the upstream {shown(name)} keeps cookies for each viewer, and the route does not "
+                'say where a request names one (add viewer: ["query:uid"])'
+            )
+            others = (("routes", index, "upstreams"),)
+            yield Fault(("routes", index, "viewer"), message, others=others)
+
+
+def _strange_upstreams(index: int, route: Section) -> Iterator[Fault]:
+    """Tell of upstreams that caps and the budget name, and the route does not."""
+    known = tuple(_names(route.get("upstreams")))
+    asked, others = frozenset(known), (("routes", index, "upstreams"),)
+    for place, section in _counting(route).items():
+        for position, name in enumerate(_names(section.get("upstreams"))):
+            if asked and name not in asked:
+                message = f"the route asks no upstream {shown(name)} ({advice(name, known)})"
+                where = ("routes", index, *place, "upstreams", position)
+                yield Fault(where, message, others=others)
+
+
+def _names(value: object) -> list[str]:
+    """List the names of upstreams that *value* has: it may be one, or a list."""
+    names = value if isinstance(value, list) else [value]
+    return [each for each in names if isinstance(each, str) and each.strip()]
+
+
+def _repeated_paths(routes: Routes) -> Iterator[Fault]:
+    first: dict[str, int] = {}
+    for index, route in routes:
+        path = route.get("path")
+        if isinstance(path, str) and first.setdefault(path, index) != index:
+            message = f"routes.{first[path]} has the path {shown(path)} already (write another)"
+            yield Fault(("routes", index, "path"), message)
+
+
+def _faults_of_upstreams(
+    index: int, route: Section, known: tuple[str, ...], deep: set[str]
+) -> Iterator[Fault]:
+    """Judge the upstreams that *route* names; those in *deep* need the rest of its path."""
+    names, path = route.get("upstreams"), route.get("path")
+    flat = isinstance(path, str) and not path.endswith("/{rest}")
+    for position, name in enumerate(names if isinstance(names, list) else [names]):
+        place = ("routes", index, "upstreams", position)
+        if not isinstance(name, str) or not name.strip():
+            continue
+        if name not in known:
+            yield Fault(place, _unknown_upstream(name, known))
+        elif flat and name in deep:
+            message = f"{shown(name)} uses {{rest}}, but the path has none (end it in /{{rest}})"
+            yield Fault(place, message)
+
+
+def _unknown_upstream(name: str, names: tuple[str, ...]) -> str:
+    return f"no upstream is called {shown(name)} ({advice(name, names)})"
+
+
+def _takes_rest(upstream: object) -> bool:
+    if not isinstance(upstream, dict):
+        return False
+    texts = [upstream.get("endpoint")]
+    for section in (upstream.get("params"), upstream.get("headers")):
+        texts += section.values() if isinstance(section, dict) else ()
+    return any(_uses_rest(text) for text in texts if isinstance(text, str))
+
+
+def _uses_rest(text: str) -> bool:
+    try:
+        return Template.parse(text).uses_rest
+    except ValueError:
+        return False
