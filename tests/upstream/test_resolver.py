@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import Any
 
@@ -11,7 +11,13 @@ import pytest
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.hostile import a_wrapper, an_inline, wrapper_element
 from vastproxy.config.template import Template
-from vastproxy.errors import NoAdError, UpstreamStatusError, VastproxyError, VastSyntaxError
+from vastproxy.errors import (
+    NoAdError,
+    StateBackendError,
+    UpstreamStatusError,
+    VastproxyError,
+    VastSyntaxError,
+)
 from vastproxy.model import AdRequest, HopReply
 from vastproxy.observe.trace import Hop, Trace
 from vastproxy.session.factory import SessionFactory
@@ -19,6 +25,7 @@ from vastproxy.session.session import Request, VastSession
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.resolver import (
+    MAX_JUDGED,
     MAX_SIZE,
     PARSE_APART,
     Resolution,
@@ -27,7 +34,7 @@ from vastproxy.upstream.resolver import (
 )
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
 from vastproxy.vast.document import VastDocument
-from vastproxy.vast.unwrap import Policy
+from vastproxy.vast.unwrap import Policy, ResolvedAd
 
 LOOPBACK = EgressPolicy(allow=(ip_network("127.0.0.0/8"),))
 
@@ -58,9 +65,9 @@ def a_session(
     """Open a session at the upstream behind *path*."""
     url = server.url(path)
     settings = UpstreamSettings("main", Template(url, (url,)), session_params=(), timeout=timeout)
-    factory = SessionFactory(lambda _: False)
+    factory = SessionFactory(is_public_suffix=lambda _: False)
     deadline = asyncio.get_running_loop().time() + within
-    return factory.create_session(
+    return factory.open_session(
         factory.context(),
         VastUpstream(settings, client, lambda: 0.0),
         request=Request(AdRequest("/"), deadline=deadline),
@@ -359,6 +366,203 @@ async def test_failures_go_with_the_request(
 
     kinds = (VastDocument, VastproxyError, VastSession)
     assert [] == [each for each in gc.get_objects() if isinstance(each, kinds)]
+
+
+# --- A judge ------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Refuses the ads called *names*; all of them without any. Remembers what it was asked."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.asked: list[list[str]] = []
+
+    async def __call__(self, ads: Sequence[ResolvedAd]) -> Mapping[ResolvedAd, str]:
+        """Judge."""
+        self.asked.append([each.inline.id for each in ads])
+        refused = [each for each in ads if not self.names or each.inline.id in self.names]
+        return {each: f"{each.inline.id} is over its cap" for each in refused}
+
+
+def inlines(*names: str, numbered: bool = False) -> bytes:
+    """Build a document of InLines called *names*."""
+    ads = "".join(
+        f'<Ad id="{name}"{f" sequence={chr(34)}{at}{chr(34)}" if numbered else ""}>'
+        f"<InLine><Error>http://e.example/{name}</Error><Creatives/></InLine></Ad>"
+        for at, name in enumerate(names, start=1)
+    )
+    return f'<VAST version="3.0">{ads}</VAST>'.encode()
+
+
+def with_spare(document: bytes, *urls: str) -> bytes:
+    """Add wrappers that lead to *urls* to a document, as stand-alone ads."""
+    ads = "".join(f'<Ad id="spare">{wrapper_element(url)}</Ad>' for url in urls)
+    return document.replace(b"</VAST>", ads.encode() + b"</VAST>")
+
+
+async def test_judge_is_asked_when_all_is_there(server: AdServer, client: AiohttpClient) -> None:
+    """A judge is asked once about all ads of a pod, in playing order; what it allows is played."""
+
+    async def after_the_second(_: Received) -> bytes:
+        """Wait until the other ad was asked for."""
+        await server.wait_seen("/two")
+        return an_inline("one")
+
+    server.replies |= {
+        "/entry": a_pod(server.url("/one"), server.url("/two")),
+        "/one": after_the_second,
+        "/two": an_inline("two"),
+    }
+    judge = Judge("nobody")
+    resolution = await VastChainResolver().resolve(a_session(client, server), judge=judge)
+
+    assert [["one", "two"]] == judge.asked
+    assert ["one", "two"] == ids(resolution)
+    assert resolution.unwrapped is not None
+    assert () == resolution.unwrapped.refused
+
+
+async def test_refused_ad_is_replaced(server: AdServer, client: AiohttpClient) -> None:
+    """For a refused ad the next candidate is asked for, and the judge is asked about it alone."""
+    server.replies |= {
+        "/entry": with_spare(
+            a_pod(server.url("/one"), server.url("/two")),
+            *(server.url(f"/{name}") for name in ("spare1", "spare2", "spare3")),
+        ),
+        "/one": an_inline("one"),
+        "/two": an_inline("two"),
+        "/spare1": an_inline("no-good"),
+        "/spare2": an_inline("good"),
+    }
+    judge = Judge("one", "no-good")
+    session = a_session(client, server)
+    resolution = await VastChainResolver().resolve(session, judge=judge)
+
+    assert [["one", "two"], ["no-good"], ["good"]] == judge.asked
+    assert ["good", "two"] == ids(resolution)
+    assert resolution.unwrapped is not None
+    assert [1, 2] == [each.sequence for each in resolution.unwrapped.ads]
+    assert ("one is over its cap", "no-good is over its cap") == resolution.unwrapped.refused
+    assert [206, 206] == [each.code for each in resolution.unwrapped.reports]
+    assert [(4, 1, 1), (5, 1, 1)] == places(session)[3:]
+    assert [] == server.seen("/spare3")
+
+
+async def test_everything_is_refused(server: AdServer, client: AiohttpClient) -> None:
+    """Where all is refused there is no ad, and each ad was judged, and told, once."""
+    server.replies |= {
+        "/entry": with_spare(inlines("a", "b", numbered=True), server.url("/one")),
+        "/one": inlines("c", "d"),
+    }
+    judge = Judge()
+    resolution = await VastChainResolver().resolve(a_session(client, server), judge=judge)
+
+    assert not resolution.has_ads
+    assert [["a", "b"], ["c"]] == judge.asked
+    assert resolution.unwrapped is not None
+    assert ["http://e.example/a", "http://e.example/b", "http://e.example/c"] == [
+        uri for each in resolution.unwrapped.reports for uri in each.uris
+    ]
+
+
+async def test_judge_without_ads(server: AdServer, client: AiohttpClient) -> None:
+    """Where nothing came, a judge is not asked."""
+    server.replies["/entry"] = a_wrapper(server.url("/gone"))
+    judge = Judge()
+    await VastChainResolver().resolve(a_session(client, server), judge=judge)
+
+    assert [] == judge.asked
+
+
+async def test_judge_of_a_document_at_hand(server: AdServer, client: AiohttpClient) -> None:
+    """A document at hand is judged as one that was fetched."""
+    resolution = await VastChainResolver().resolve(
+        a_session(client, server), document=inlines("a", "b"), judge=Judge("a")
+    )
+
+    assert ["b"] == ids(resolution)
+
+
+async def test_nothing_stands_in_for_a_refused_ad_after_the_deadline(
+    server: AdServer, client: AiohttpClient
+) -> None:
+    """When the deadline has passed, refused ads are gone; what stays was judged, and is played."""
+    session = a_session(client, server, within=-1.0)
+    judge = Judge("a")
+    resolution = await VastChainResolver().resolve(
+        session,
+        document=with_spare(inlines("a", "b", numbered=True), server.url("/spare")),
+        judge=judge,
+    )
+
+    assert ["b"] == ids(resolution)
+    assert [["a", "b"]] == judge.asked
+    assert [(1, None, 0)] == places(session)
+
+
+async def test_judge_of_many_candidates(server: AdServer, client: AiohttpClient) -> None:
+    """A judge is asked about so many candidates; then nothing stands in any more."""
+    server.replies["/entry"] = inlines(*(f"a{n}" for n in range(MAX_JUDGED + 50)))
+    judge = Judge()
+    resolution = await VastChainResolver().resolve(a_session(client, server), judge=judge)
+
+    assert not resolution.has_ads
+    assert [[f"a{n}"] for n in range(MAX_JUDGED)] == judge.asked
+
+
+async def test_judge_of_a_long_pod(server: AdServer, client: AiohttpClient) -> None:
+    """What a pod has beyond that is refused unasked: an ad that nobody judged is not served."""
+    names = [f"a{n}" for n in range(MAX_JUDGED + 50)]
+    server.replies["/entry"] = inlines(*names, numbered=True)
+    judge = Judge("a0")
+    resolution = await VastChainResolver().resolve(a_session(client, server), judge=judge)
+
+    assert [names[:MAX_JUDGED]] == judge.asked
+    assert names[1:MAX_JUDGED] == ids(resolution)
+    assert resolution.unwrapped is not None
+    assert ("a0 is over its cap", *[f"more than {MAX_JUDGED} ads"] * 50) == (
+        resolution.unwrapped.refused
+    )
+
+
+async def test_judge_of_the_longest_pod(server: AdServer, client: AiohttpClient) -> None:
+    """Up to the bound every ad is judged."""
+    names = [f"a{n}" for n in range(MAX_JUDGED)]
+    server.replies["/entry"] = inlines(*names, numbered=True)
+    resolution = await VastChainResolver().resolve(a_session(client, server), judge=Judge("x"))
+
+    assert names == ids(resolution)
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_judge_that_fails(server: AdServer, client: AiohttpClient) -> None:
+    """What a judge raises comes out, and keeps no document for the garbage collector."""
+    server.replies |= {"/entry": a_wrapper(server.url("/one")), "/one": an_inline("one")}
+
+    async def failing(_: Sequence[ResolvedAd]) -> Mapping[ResolvedAd, str]:
+        """Fail as a state backend does."""
+        raise StateBackendError("away")
+
+    with pytest.raises(StateBackendError):
+        await VastChainResolver().resolve(a_session(client, server), judge=failing)
+
+    assert 0 == sum(isinstance(each, VastDocument) for each in gc.get_objects())
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_judged_documents_go_with_the_request(
+    server: AdServer, client: AiohttpClient
+) -> None:
+    """Nor does a refusal."""
+    server.replies["/entry"] = inlines("a", "b")
+    assert ["b"] == ids(
+        await VastChainResolver().resolve(a_session(client, server), judge=Judge("a"))
+    )
+    assert 0 == sum(isinstance(each, VastDocument) for each in gc.get_objects())
+
+
+# --- Reading ------------------------------------------------------------------------------------
 
 
 def a_reply(body: bytes, status: int = 200, content_type: str = "") -> HopReply:

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.script import (
+    CREATIVES,
     ENTRY,
     Script,
     broken,
@@ -30,6 +31,8 @@ from vastproxy.vast.unwrap import (
     MAX_FETCHES,
     MAX_REPORTED,
     ResolvedAd,
+    Unwrapped,
+    Unwrapper,
     Want,
 )
 
@@ -269,6 +272,240 @@ def test_stopped_with_a_stand_in_under_way() -> None:
     assert ["s>c#1", "b#2"] == script.feed("u:s", inline("c")).ads()
 
 
+# --- Refused by a judge -------------------------------------------------------------------------
+
+
+def refuse(script: Script, *names: str) -> Script:
+    """Refuse the ads whose InLines are called *names*, one after the other."""
+    for name in names:
+        found = {each.inline.id: each for each in script.unwrapper.result().ads}
+        script.unwrapper.refuse(found[name], 206, f"{name} was seen too often")
+    return script
+
+
+def test_refused() -> None:
+    """A refused ad is gone, told once to all above and to itself, and its reason is kept."""
+    script = refuse(chain(2).feed("u:2", response(inline("a"), errors=("e:root",))), "a")
+
+    assert script.is_done
+    assert [] == script.ads()
+    assert [] == script.wants()
+    assert [(206, "e:w1 e:w2 e:root e:a")] == script.reports()
+    assert ("a was seen too often",) == script.unwrapper.result().refused
+
+
+def test_refused_in_the_entry() -> None:
+    """So is one of the entry document, with the errors of its root."""
+    script = refuse(Script(response(inline("a"), errors=("e:root",))), "a")
+
+    assert [] == script.ads()
+    assert [(206, "e:root e:a")] == script.reports()
+
+
+def test_none_refused() -> None:
+    """Where nobody refuses anything, there are no reasons."""
+    assert () == Script(inline("a")).unwrapper.result().refused
+
+
+def test_refused_stays_refused() -> None:
+    """An ad is refused once: to do it again, or to an ad of another tree, is a mistake."""
+    script = Script(inline("a"), inline("b"))
+    (ad,) = script.unwrapper.result().ads
+    script.unwrapper.refuse(ad, 206, "once")
+
+    with pytest.raises(ValueError, match="<Ad a InLine> is not among the ads"):
+        script.unwrapper.refuse(ad, 206, "twice")
+    with pytest.raises(ValueError, match="not among the ads"):
+        Script(inline("a")).unwrapper.refuse(ad, 206, "elsewhere")
+
+    assert ["b"] == script.ads()
+    assert [(206, "e:a")] == script.reports()
+
+
+def test_refused_in_a_buffet() -> None:
+    """The next stand-alone ad steps in, and may be refused as well."""
+    script = refuse(Script(*map(inline, "abc")), "a")
+
+    assert ["b"] == script.ads()
+    assert ["c"] == refuse(script, "b").ads()
+    assert [] == refuse(script, "c").ads()
+    assert [(206, "e:a"), (206, "e:b"), (206, "e:c")] == script.reports()
+
+
+def test_wrapper_steps_in_for_a_refused_ad() -> None:
+    """What steps in may be a wrapper: it is asked for, and the slot is open until it came."""
+    script = refuse(Script(inline("a"), wrapper("w", "u:1"), inline("c")), "a")
+
+    assert ["u:1"] == script.wants()
+    assert not script.is_done
+    assert [] == script.ads()
+    assert ["w>b"] == script.feed("u:1", inline("b")).ads()
+    assert script.is_done
+    assert ["c"] == refuse(script, "b").ads()
+    assert [(206, "e:a"), (206, "e:w e:b")] == script.reports()
+
+
+def test_refused_in_a_pod() -> None:
+    """In a pod of three with two to spare, the spare take the free places, then one is empty."""
+    pod = (inline("a", seq=1), inline("b", seq=2), inline("c", seq=3))
+    script = Script(*pod, inline("s"), inline("t"))
+
+    assert ["s#1", "b#2", "c#3"] == refuse(script, "a").ads()
+    assert ["s#1", "b#2", "t#3"] == refuse(script, "c").ads()
+    assert ["s#1", "t#2"] == refuse(script, "b").ads()
+    assert ["t#1"] == refuse(script, "s").ads()
+    assert [] == refuse(script, "t").ads()
+    assert [(206, f"e:{name}") for name in "acbst"] == script.reports()
+
+
+def test_refused_pod_is_numbered_anew() -> None:
+    """What is left of a pod is numbered from 1, as after any other failure."""
+    pod = [inline(name, seq=number) for name, number in (("a", 3), ("b", 5), ("c", 7))]
+
+    assert ["a#3", "b#5", "c#7"] == Script(*pod).ads()
+    assert ["a#1", "c#2"] == refuse(Script(*pod), "b").ads()
+
+
+def test_wrapper_steps_in_in_a_pod() -> None:
+    """A wrapper that steps in may bring a pod of its own into the place."""
+    script = Script(inline("a", seq=1), inline("b", seq=2), wrapper("w", "u:1", multiple="true"))
+
+    assert ["u:1"] == refuse(script, "a").wants()
+
+    script.feed("u:1", inline("c", seq=1), inline("d", seq=2))
+
+    assert ["w>c#1", "w>d#2", "b#3"] == script.ads()
+    assert ["w>d#1", "b#2"] == refuse(script, "c").ads()
+
+
+def test_refused_behind_a_wrapper() -> None:
+    """When all that a wrapper brought is refused, what is beside the wrapper steps in."""
+    script = Script(wrapper("w", "u:1", multiple="true"), wrapper("x", "u:2"))
+    script.feed("u:1", inline("a", seq=1), inline("b", seq=2))
+
+    assert ["w>b#1"] == refuse(script, "a").ads()
+    assert [] == script.wants()
+    assert ["u:2"] == refuse(script, "b").wants()
+    assert ["x>c"] == script.feed("u:2", inline("c")).ads()
+    assert [(206, "e:w e:a"), (206, "e:w e:b")] == script.reports()
+
+
+def test_refused_deep_down() -> None:
+    """A refusal climbs over every level that has nothing else."""
+    script = Script(wrapper("v", "u:0", multiple="true"), inline("z"))
+    script.feed("u:0", wrapper("w", "u:1", seq=1, multiple="true"), inline("y", seq=2))
+    script.feed("u:1", wrapper("x", "u:2")).feed("u:2", inline("a"))
+
+    assert ["v>w>x>a#1", "v>y#2"] == script.ads()
+    assert ["v>y#1"] == refuse(script, "a").ads()
+    assert ["z"] == refuse(script, "y").ads()
+    assert [(206, "e:v e:w e:x e:a"), (206, "e:v e:y")] == script.reports()
+
+
+@pytest.mark.parametrize("order", ["ayb", "yab", "yba", "bay"])
+def test_ads_further_down_keep_a_group(order: str) -> None:
+    """A group has failed when its last ad is refused, wherever that stood; not before."""
+    script = Script(wrapper("v", "u:0", multiple="true"), inline("z"))
+    script.feed("u:0", wrapper("w", "u:1", seq=1, multiple="true"), inline("y", seq=2))
+    script.feed("u:1", inline("a", seq=1), inline("b", seq=2))
+    left = [refuse(script, name).ads() for name in order]
+
+    assert [2, 1, 1] == [len(each) for each in left]
+    assert ["z"] == left[-1]
+
+
+@pytest.mark.parametrize("fallback", ["true", None, "false"])
+def test_refused_under_a_fallback(fallback: str | None) -> None:
+    """A wrapper whose ad was refused has no ad: in a buffet the next one steps in."""
+    script = Script(wrapper("w", "u:1", fallback=fallback), inline("s")).feed("u:1", inline("a"))
+
+    assert ["s"] == refuse(script, "a").ads()
+
+
+def test_fallback_forbidden_for_a_refused_ad() -> None:
+    """In a pod, fallbackOnNoAd="false" leaves the place of a refused ad empty."""
+    script = Script(wrapper("w", "u:1", seq=1, fallback="false"), inline("b", seq=2), inline("s"))
+
+    assert ["b#1"] == refuse(script.feed("u:1", inline("a")), "a").ads()
+
+
+def test_refused_where_one_ad_is_allowed() -> None:
+    """Under allowMultipleAds="false" no other ad of the document steps in for a refused one."""
+    script = Script(wrapper("w", "u:1"), inline("s")).feed("u:1", inline("a"), inline("b"))
+
+    assert ["s"] == refuse(script, "a").ads()
+
+
+def test_refused_with_hops_open() -> None:
+    """Refusing needs not wait for the other hops, and decides nothing for them."""
+    script = Script(wrapper("v", "u:0", multiple="true"), inline("z"))
+    script.feed("u:0", wrapper("w", "u:1", seq=1), inline("y", seq=2), wrapper("x", "u:2", seq=3))
+    refuse(script, "y")
+
+    assert [] == script.ads()
+    assert ["v>w>a#1"] == script.feed("u:1", inline("a")).ads()
+    assert [] == refuse(script, "a").ads()
+    assert ["z"] == script.fail("u:2").ads()
+    assert script.is_done
+
+
+def test_nothing_is_decided_while_a_stand_in_is_under_way() -> None:
+    """While a wrapper that steps in is under way, its place keeps every group above alive."""
+    script = Script(wrapper("v", "u:0", multiple="true"), inline("z"))
+    script.feed("u:0", wrapper("w", "u:1", seq=1, multiple="true"), inline("y", seq=2))
+    script.feed("u:1", inline("a"), wrapper("t", "u:t"), inline("c"))
+
+    assert ["u:t"] == refuse(script, "a").wants()
+    assert ["v>y#1"] == script.ads()
+    assert [] == refuse(script, "y").ads()
+    assert ["v>w>t>b#1"] == script.feed("u:t", inline("b")).ads()
+    assert ["v>w>c#1"] == refuse(script, "b").ads()
+    assert ["z"] == refuse(script, "c").ads()
+
+
+def test_refused_after_the_stop() -> None:
+    """Stopped, nothing stands in for a refused ad either; it is told as ever."""
+    script = Script(inline("a", seq=1), inline("b", seq=2), inline("s"), wrapper("w", "u:1"))
+    script.unwrapper.stop()
+
+    assert ["b#1"] == refuse(script, "a").ads()
+    assert [] == refuse(script, "b").ads()
+    assert [] == script.wants()
+    assert script.is_done
+    assert [(206, "e:a"), (206, "e:b")] == script.reports()
+
+
+def test_refused_after_the_stop_further_down() -> None:
+    """Nor does anything beside the wrappers above."""
+    script = Script(wrapper("w", "u:1"), wrapper("x", "u:2")).feed("u:1", inline("a"))
+    script.unwrapper.stop()
+
+    assert [] == refuse(script, "a").wants()
+    assert script.is_done
+
+
+def test_what_stands_in_counts_as_a_fetch() -> None:
+    """Beyond the limit of fetches nothing is asked for in place of a refused ad."""
+    script = Script(wrapper("v", "u:0"), wrapper("w", "u:1"), inline("s"), max_fetches=1)
+    refuse(script.feed("u:0", inline("a")), "a")
+
+    assert [] == script.wants()
+    assert ["s"] == script.ads()
+    assert [(206, "e:v e:a"), (300, "e:w")] == script.reports()
+
+
+def test_few_refusals_are_told() -> None:
+    """Refusals count with all other failures: of one request so many URIs are told."""
+    ads = [inline(f"a{n}", seq=n + 1) for n in range(MAX_REPORTED + 50)]
+    script = refuse(Script(*ads), *(f"a{n}" for n in range(MAX_REPORTED + 50)))
+    result = script.unwrapper.result()
+
+    assert () == result.ads
+    assert MAX_REPORTED == sum(len(each.uris) for each in result.reports)
+    assert MAX_REPORTED + 50 == len(result.reports) == len(result.refused)
+    assert 50 == result.unreported
+
+
 # --- Letting go ---------------------------------------------------------------------------------
 
 
@@ -297,17 +534,24 @@ def played() -> Script:
     return script.fail("u:2")
 
 
+def played_and_judged() -> Script:
+    """Make one in which ads were refused as well, and others stand in for them."""
+    script = Script(*(inline(name, seq=at) for at, name in enumerate("xcy", 1)), inline("s"))
+    return refuse(script, "x", "y")
+
+
 @pytest.mark.usefixtures("no_collector")
-def test_released() -> None:
+@pytest.mark.parametrize("play", [played, played_and_judged])
+def test_released(play: Callable[[], Script]) -> None:
     """Released, a tree goes with its result: no cycle keeps it for the garbage collector."""
     before = alive()
-    script = played()
+    script = play()
     unwrapper, result = script.unwrapper, script.unwrapper.result()
     del script
     unwrapper.release()
     del unwrapper
 
-    assert ["c", "s"] == [each.inline.id for each in result.ads]
+    assert {"c", "s"} == {each.inline.id for each in result.ads}
     assert before != alive()
 
     del result
@@ -327,6 +571,16 @@ def test_result_outlives_the_release() -> None:
         [path_of(each) for each in result.ads],
         [told(each) for each in result.reports],
     )
+
+
+def test_nothing_is_refused_after_the_release() -> None:
+    """Released, a tree has no ads that could be refused."""
+    script = Script(inline("a"), inline("b"))
+    (ad,) = script.unwrapper.result().ads
+    script.unwrapper.release()
+
+    with pytest.raises(ValueError, match="not among the ads"):
+        script.unwrapper.refuse(ad, 206, "late")
 
 
 # --- Depth and loops ----------------------------------------------------------------------------
@@ -822,6 +1076,23 @@ def test_wide_failures() -> None:
     assert WIDE == len(script.reports())
 
 
+def test_wide_refusals() -> None:
+    """Thousands of refusals take time in proportion to their number, in pods and in buffets."""
+    bare = {"creatives": "<Creatives/>", "error": " "}
+    ads = [inline(f"a{n}", seq=n + 1, **bare) for n in range(WIDE)]
+    pod = Script(wrapper("w", "u:1", multiple="true"), inline("s")).feed("u:1", *ads)
+    buffet = Script(*(inline(f"a{n}", **bare) for n in range(WIDE)))
+    began = time.process_time()
+    for each in pod.unwrapper.result().ads:
+        pod.unwrapper.refuse(each, 206, "no")
+    while left := buffet.unwrapper.result().ads:
+        buffet.unwrapper.refuse(left[0], 206, "no")
+
+    assert ["s"] == pod.ads()
+    assert 2 * WIDE == len(pod.reports()) + len(buffet.reports())
+    assert 5.0 > time.process_time() - began
+
+
 # --- Any tree, in any order ---------------------------------------------------------------------
 
 
@@ -937,3 +1208,76 @@ def test_any_answer_is_sound(web: dict[str, str]) -> None:
     assert len(set(numbers)) == len(numbers)
     assert numbers == sorted(numbers)
     assert len(numbers) in {0, len(ads)}
+
+
+# --- Any judge ----------------------------------------------------------------------------------
+
+
+def judged(web: dict[str, str], names: frozenset[str], random: Random | None) -> Unwrapped:
+    """
+    Resolve *web*, and refuse every ad whose InLine is called one of *names*.
+
+    With *random*, hops are answered in any order, and ads are refused in between.
+    """
+    unwrapper = Unwrapper(parse(web[ENTRY].encode()), ENTRY)
+    waiting = list(unwrapper.wanted())
+    while waiting or _unfit(unwrapper, names):
+        unfit = _unfit(unwrapper, names)
+        if unfit and (not waiting or (random is not None and random.random() < 0.5)):
+            unwrapper.refuse(random.choice(unfit) if random else unfit[0], 206, "no")
+        else:
+            want = waiting.pop(random.randrange(len(waiting)) if random else 0)
+            if want.url in web:
+                unwrapper.feed(want, parse(web[want.url].encode()), want.url)
+            else:
+                unwrapper.fail(want, 301, "no answer")
+        waiting += unwrapper.wanted()
+    assert unwrapper.is_done
+    return unwrapper.result()
+
+
+def _unfit(unwrapper: Unwrapper, names: frozenset[str]) -> list[ResolvedAd]:
+    return [each for each in unwrapper.result().ads if each.inline.id in names]
+
+
+def outcome(result: Unwrapped) -> tuple[list[str], Counter[str]] | None:
+    """Give the ads, and whom failures were told; None where the limit of fetches was met."""
+    if any(each.code == 300 and "documents" in each.reason for each in result.reports):
+        return None
+    return [path_of(each) for each in result.ads], Counter(" ".join(r.uris) for r in result.reports)
+
+
+@given(
+    webs(),
+    st.frozensets(st.sampled_from(("i0", "i1", "i2", "i3"))),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=400, deadline=None)
+def test_refused_is_as_good_as_broken(
+    web: dict[str, str], names: frozenset[str], random: Random
+) -> None:
+    """Refused ads leave what would have come if they could not be played, whatever the order."""
+    spoilt = dict(web)
+    for name in names:
+        error = f"<Error>e:{name}</Error>"
+        spoilt = {url: text.replace(error + CREATIVES, error) for url, text in spoilt.items()}
+    one, other = judged(web, names, None), judged(web, names, random)
+    expected = outcome(judged(spoilt, frozenset(), None))
+
+    assert all(each.inline.id not in names for each in (*one.ads, *other.ads))
+    assert len(one.refused) == sum(each.code == 206 for each in one.reports)
+    if expected is not None and outcome(one) is not None and outcome(other) is not None:
+        assert expected == outcome(one)
+        assert expected == outcome(other)
+
+
+@given(webs(), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_everything_is_refused(web: dict[str, str], random: Random) -> None:
+    """Whoever refuses everything is asked about each ad once, and is left with none."""
+    result = judged(web, frozenset({"i0", "i1", "i2", "i3"}), random)
+    told_of = [each for each in result.reports if each.code == 206]
+
+    assert () == result.ads
+    assert len(result.refused) == len(told_of)
+    assert all(each.uris[-1].startswith("e:i") for each in told_of if each.uris)

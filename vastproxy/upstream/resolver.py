@@ -1,11 +1,12 @@
 """
 Drive an unwrapper with real requests: the chains of a pod run at the same time.
 
-What goes on and what stops is decided in :mod:`vastproxy.vast.unwrap`; here is only waiting.
+What goes on and what stops is decided in :mod:`vastproxy.vast.unwrap`, and which ads may be
+served by a *judge*; here is only waiting.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -22,7 +23,7 @@ from vastproxy.session.session import VastSession
 from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.parse import hardened_parser, parse
-from vastproxy.vast.unwrap import Policy, Unwrapped, Unwrapper, Want
+from vastproxy.vast.unwrap import Policy, ResolvedAd, Unwrapped, Unwrapper, Want
 
 PARSE_APART = 64 * 1024
 """
@@ -33,7 +34,22 @@ thread costs more than it saves (40 us; a 64 KB document takes about 400).
 MAX_SIZE = 8 * 1024 * 1024
 """Bytes of all documents behind one ad request. A pod of ten with five wrappers each has 0.3 MB."""
 
+MAX_JUDGED = 100
+"""
+Ads that a judge is asked about for one ad request: a pod of ten, and nine others to stand in for
+each. A document of ten thousand ads would make a lever against the state of caps and budgets.
+"""
+
 _NO_CONTENT = frozenset({204, 205})
+
+Judge = Callable[[Sequence[ResolvedAd]], Awaitable[Mapping[ResolvedAd, str]]]
+"""
+Says which of the ads may not be served, and why, in words.
+
+It is given ads in playing order, whose wrappers are not yet merged into them, each ad once; all
+others that come out with it were judged before. The same ad has the same ``inline`` in the end,
+but not always the same ``sequence``.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +97,14 @@ class VastChainResolver:
         session: VastSession,
         params: Mapping[str, str] | None = None,
         document: bytes | None = None,
+        *,
+        judge: Judge | None = None,
     ) -> Resolution:
         """
         Ask the session's upstream, and follow what comes until there are InLines or nothing.
 
-        *params* are added to its query. With a *document* at hand it is not asked.
+        *params* are added to its query. With a *document* at hand it is not asked. For ads that
+        *judge* refuses, others are looked for.
         """
         try:
             if document is None:
@@ -94,7 +113,9 @@ class VastChainResolver:
                 entry = _given(session, document)
         except (UpstreamError, VastError) as error:
             return Resolution(None, error.vast_code, str(error))
-        return await self.resolve_document(session, entry.document, entry.url, entry.number)
+        return await self.resolve_document(
+            session, entry.document, entry.url, entry.number, judge=judge
+        )
 
     async def enter(self, session: VastSession, params: Mapping[str, str] | None = None) -> "Entry":
         """
@@ -117,15 +138,29 @@ class VastChainResolver:
         return Entry(outcome.document, outcome.url, outcome.body, place.number)
 
     async def resolve_document(
-        self, session: VastSession, document: VastDocument, url: str = "", number: int | None = None
+        self,
+        session: VastSession,
+        document: VastDocument,
+        url: str = "",
+        number: int | None = None,
+        *,
+        judge: Judge | None = None,
     ) -> Resolution:
-        """Follow the wrappers of a *document* that came from *url*, as hop *number*."""
+        """
+        Follow the wrappers of a *document* that came from *url*, as hop *number*.
+
+        *judge* is asked when all chains are at their ends. What it raises comes out of here.
+        """
         left = max(0, self.policy.max_fetches - session.trace.begun)
         unwrapper = Unwrapper(document, url, replace(self.policy, max_fetches=left))
-        await _Run(session, unwrapper, number).follow()
-        unwrapped = unwrapper.result()
-        unwrapper.release()
-        return Resolution(unwrapped)
+        run = _Run(session, unwrapper, number)
+        try:
+            await run.follow()
+            if judge is not None:
+                await run.settle(judge)
+            return Resolution(unwrapper.result())
+        finally:
+            unwrapper.release()
 
 
 @dataclass(slots=True)
@@ -165,6 +200,27 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 for want in wanted:
                     group.create_task(self._chain(want), name=f"chain {want.url[:60]}")
+
+    async def settle(self, judge: Judge) -> None:
+        """Ask *judge* about the ads that came out, and about what stands in for those refused."""
+        judged: set[Ad] = set()
+        while fresh := [ad for ad in self.unwrapper.result().ads if ad.inline not in judged]:
+            room = MAX_JUDGED - len(judged)
+            judged.update(ad.inline for ad in fresh)
+            refused = dict(await judge(fresh[:room]))
+            refused |= dict.fromkeys(fresh[room:], f"more than {MAX_JUDGED} ads")
+            if not refused:
+                return
+            if len(judged) >= MAX_JUDGED or self._is_late():
+                self.unwrapper.stop()
+            for ad in fresh:
+                if ad in refused:
+                    self.unwrapper.refuse(ad, VastCode.NOT_SERVED, refused[ad])
+            await self.follow()
+
+    def _is_late(self) -> bool:
+        """Whether the deadline has passed: then there is no time to ask for anything."""
+        return asyncio.get_running_loop().time() >= self.session.request_facts.deadline
 
     async def _chain(self, want: Want) -> None:
         await self._hop(want)

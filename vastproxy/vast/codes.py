@@ -10,6 +10,8 @@ class VastCode(IntEnum):
     SCHEMA = 101
     VERSION = 102
     CATEGORY_BLOCKED = 205
+    NOT_SERVED = 206
+    """The break was cut, and the ad not served, for a reason that is not the ad's own."""
     WRAPPER = 300
     WRAPPER_TIMEOUT = 301
     WRAPPER_LIMIT = 302

@@ -11,9 +11,11 @@ Rule 4: nothing here recurses over the width of a document; depth is bounded by 
 
 The caller's loop: ask :meth:`Unwrapper.wanted` for the hops to make, answer each with
 :meth:`Unwrapper.feed` or :meth:`Unwrapper.fail` in any order, and take :meth:`Unwrapper.result`
-when no want is open. A document makes a *group*: its pod, or its buffet of stand-alone ads. A
-group has *slots*, one for each ad that is to be played; in a slot one candidate after another
-is tried.
+when no want is open. Whoever judges ads themselves (a frequency cap, a budget) takes those that
+may not be played out of a result by :meth:`Unwrapper.refuse`, and goes on with the loop.
+
+A document makes a *group*: its pod, or its buffet of stand-alone ads. A group has *slots*, one
+for each ad that is to be played; in a slot one candidate after another is tried.
 """
 
 import re
@@ -58,7 +60,12 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAd:
-    """An InLine that can be played, and the wrappers that led to it, outermost first."""
+    """
+    An InLine that can be played, and the wrappers that led to it, outermost first.
+
+    A pod's are made anew for each result. What finds an ad of one result in the next is *inline*,
+    which is equal to itself alone; *sequence* changes when an ad before it is refused.
+    """
 
     inline: Ad
     wrappers: tuple[Ad, ...]
@@ -83,6 +90,8 @@ class Unwrapped:
     reports: tuple[Report, ...]
     unreported: int = 0
     """At least so many URIs are not in the reports: there were more than MAX_REPORTED."""
+    refused: tuple[str, ...] = ()
+    """Why ads that came out were refused, one reason for each."""
 
     @property
     def is_entry_alone(self) -> bool:
@@ -143,6 +152,16 @@ class _Group:
     spare: deque[Ad] = field(default_factory=deque)
     taken: int = 0
     """How many of the spare ads have been tried."""
+    good: int = 0
+    """How many slots hold an ad of this very document: while one does, nothing above changes."""
+    _errors: list[str] | None = None
+
+    @property
+    def errors(self) -> list[str]:
+        """The error URIs of the document's root: read once, for thousands of ads may need them."""
+        if self._errors is None:
+            self._errors = self.document.errors
+        return self._errors
 
 
 class Unwrapper:
@@ -164,6 +183,9 @@ class Unwrapper:
         self._reported = 0
         self._unreported = 0
         self._stopped = False
+        self._refused: list[str] = []
+        self._places: dict[Ad, tuple[_Group, _Slot]] = {}
+        """Where each InLine stands that can be played."""
         self._root = self._grouped(entry, url, None, self._policy.standalone_ads)
 
     def wanted(self) -> tuple[Want, ...]:
@@ -194,6 +216,28 @@ class Unwrapper:
         self._report(code, reason, want)
         self._give_up(want)
 
+    def refuse(self, ad: ResolvedAd, code: int, reason: str) -> None:
+        """
+        Take *ad* out of the result: a VAST *code*, and a *reason* in words.
+
+        It is told to its own errors and to those of every wrapper above, and never comes back.
+        What stands in is chosen as after any other failure, so there may be new wants. Raises
+        ValueError for an ad that is not in the result now.
+        """
+        place = self._places.pop(ad.inline, None)
+        if place is None:
+            raise ValueError(f"{ad.inline!r} is not among the ads that came out")
+        group, slot = place
+        group.good -= 1
+        self._refused.append(reason)
+        self._report_ad(code, reason, group, ad.inline)
+        slot.resolved, slot.open = None, True
+        _substitute(group, slot, ad.inline)
+        self._advance(group, slot)
+        if not group.good:
+            _reopen(group.parent)
+            self._settle(group.parent)
+
     def stop(self) -> None:
         """Let nothing stand in for what fails from now on: there is no time to ask for it."""
         self._stopped = True
@@ -205,6 +249,7 @@ class Unwrapper:
             tuple(_numbered(self._root, _ads(self._root))),
             tuple(self._reports),
             self._unreported,
+            tuple(self._refused),
         )
 
     def release(self) -> None:
@@ -224,6 +269,7 @@ class Unwrapper:
             group.slots.clear()
         self._asked.clear()
         self._open.clear()
+        self._places.clear()
 
     # --- Groups and slots -----------------------------------------------------------------------
 
@@ -281,6 +327,8 @@ class Unwrapper:
             return self._follow(group, slot, ad)
         slot.resolved = ResolvedAd(ad, tuple(each.ad for each in path), None)
         slot.open = False
+        group.good += 1
+        self._places[ad] = group, slot
         return True
 
     def _follow(self, group: _Group, slot: _Slot, ad: Ad) -> bool:
@@ -336,15 +384,13 @@ class Unwrapper:
             self._unreported += 1
             self._keep(code, [], reason)
             return
-        uris = [
-            uri for each in _path(want) for uri in (*each.group.document.errors, *each.ad.errors)
-        ]
+        uris = [uri for each in _path(want) for uri in (*each.group.errors, *each.ad.errors)]
         self._keep(code, [*uris, *(further or ())], reason)
 
     def _report_ad(self, code: int, reason: str, group: _Group, ad: Ad) -> None:
-        """Report an ad that was refused before anything was fetched for it."""
+        """Report an ad that is not played for what it is itself, and not for what it led to."""
         full = self._reported >= MAX_REPORTED
-        own = [] if full else [*group.document.errors, *ad.errors]
+        own = [] if full else [*group.errors, *ad.errors]
         if group.parent is None:
             self._unreported += int(full)
             self._keep(code, own, reason)
@@ -370,6 +416,13 @@ def _path(want: Want | None) -> list[Want]:
         want = want.group.parent
     path.reverse()
     return path
+
+
+def _reopen(want: Want | None) -> None:
+    """Take back the decision on the slots above a group in which something is to be decided."""
+    while want is not None:
+        want.slot.open = True
+        want = want.group.parent
 
 
 def _substitute(group: _Group, slot: _Slot, failed: Ad) -> None:
