@@ -168,6 +168,9 @@ class StateBackend(Protocol):
     async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
         """Tell what stands on the counters of *claims*, of which key and window matter."""
 
+    async def keys(self, account: Account) -> list[str]:
+        """Give the keys of the counters that are kept of *account*, in any order."""
+
     async def forget(self, account: Account) -> bool:
         """Remove all that is kept of *account*; whether there was anything."""
 

@@ -29,6 +29,8 @@ class Counter:
     """Of rolling windows: what was confirmed in each piece, by the number of the piece."""
     held: int = 0
     """Reserved, and not confirmed yet."""
+    until: int = 0
+    """When the last of what was confirmed counts no more, for whoever cleans up."""
 
     def live(self, window: Window, now: int) -> int:
         """Give what was confirmed and still counts at *now*."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Literal, Self
 
 import structlog
@@ -36,6 +36,10 @@ from vastproxy.state.ledger import FOR_EVER, Counter, drawn, judged, kept, level
 
 MAX_ACCOUNTS = 100_000
 """Viewers, and plain counters as many. With four caps a viewer takes about 2 KB."""
+MANY_COUNTERS = 32
+"""Counters of one account from which those that have ended are looked for."""
+FEW = 16
+"""Stale entries of a queue that are not worth clearing away."""
 MAX_SETTLED = 250_000
 """Settled operations that are remembered: about 60 MB."""
 
@@ -52,16 +56,33 @@ class _Book:
 
     counters: dict[str, Counter] = field(default_factory=dict)
     held: dict[str, _Held] = field(default_factory=dict)
-    """Reservations, by operation, in the order in which they were made."""
+    """Reservations, by operation."""
+    due: list[tuple[int, str]] = field(default_factory=list)
+    """When reservations end, the next one first; also some that have been settled since."""
     ends: int = 0
     """Unix milliseconds from which nothing in here means anything."""
     items: dict[str, str] = field(default_factory=dict)
     items_end: int = 0
+    prune_from: int = MANY_COUNTERS
 
     def reap(self, now: int) -> None:
         """Take off the reservations whose time is over."""
-        for operation in [key for key, each in self.held.items() if each.ends <= now]:
-            self.release(operation)
+        while self.due and self.due[0][0] <= now:
+            _, operation = heappop(self.due)
+            held = self.held.get(operation)
+            if held is not None and held.ends <= now:
+                self.release(operation)
+
+    def hold(self, operation: str, amounts: dict[str, int], ends: int) -> None:
+        """Reserve *amounts* until *ends*."""
+        self.held[operation] = _Held(amounts, ends)
+        for key, amount in amounts.items():
+            self.counter(key).held += amount
+        if len(self.due) > 2 * len(self.held) + FEW:
+            self.due = [(each.ends, key) for key, each in self.held.items()]
+            heapify(self.due)
+        else:
+            heappush(self.due, (ends, operation))
 
     def release(self, operation: str) -> bool:
         """Take off one reservation; whether there was one."""
@@ -73,7 +94,16 @@ class _Book:
     def take_off(self, amounts: Mapping[str, int]) -> None:
         """Let *amounts* be reserved no more."""
         for key, amount in amounts.items():
-            self.counters[key].held -= amount
+            if amount:
+                self.counters[key].held -= amount
+
+    def prune(self, now: int) -> None:
+        """Drop the counters that count nothing any more, when there are many."""
+        if len(self.counters) > self.prune_from:
+            self.counters = {
+                key: each for key, each in self.counters.items() if each.held or each.until > now
+            }
+            self.prune_from = max(MANY_COUNTERS, 2 * len(self.counters))
 
     def counter(self, key: str) -> Counter:
         """Give the counter *key*, a new one if need be."""
@@ -141,8 +171,8 @@ class InMemoryBackend:
 
     async def set_expiry(self, key: str, seconds: float) -> None:
         """Let the count of *key* vanish in *seconds*."""
-        count, ends = self._count(key)
-        if key in self._counts and ends > self._now():
+        count, ends = self._counts.get(key, (0, 0))
+        if ends > self._now():
             self._counts[key] = (count, self._now() + int(seconds * 1000))
 
     async def get_spend(self, key: str) -> Decimal:
@@ -177,11 +207,10 @@ class InMemoryBackend:
             return repeated(hold, before.amounts)
         verdict = judged(hold, book.counters, now)
         if verdict.granted:
-            amounts = kept(hold, verdict)
-            book.held[hold.operation] = _Held(amounts, now + hold.ttl_ms)
-            for key, amount in amounts.items():
-                book.counter(key).held += amount
+            book.hold(hold.operation, kept(hold, verdict), now + hold.ttl_ms)
             self._keep(hold.account, book, now + hold.ttl_ms)
+        else:
+            self._drop_ended(now)
         return verdict
 
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
@@ -199,7 +228,9 @@ class InMemoryBackend:
         for claim in hold.claims:
             counter = book.counter(claim.key)
             counter.add(claim.window, claim.amount, now)
-            book.lives_until(counter.ends(claim.window, now))
+            counter.until = counter.ends(claim.window, now)
+            book.lives_until(counter.until)
+        book.prune(now)
         self._keep(hold.account, book, book.ends)
         self._settle(hold, "c", now)
         return "booked" if covered else "late"
@@ -246,6 +277,11 @@ class InMemoryBackend:
         book.reap(now)
         return [level(book.counters.get(each.key), each, now) for each in claims]
 
+    async def keys(self, account: Account) -> list[str]:
+        """Give the keys of the counters of *account*."""
+        book = self._books.get(account)
+        return list(book.counters) if book else []
+
     async def forget(self, account: Account) -> bool:
         """Remove all that is kept of *account*."""
         there = self._books.pop(account, None) is not None
@@ -286,7 +322,11 @@ class InMemoryBackend:
         if book is None:
             book = self._books[account] = _Book()
             # Looked at once, and then again whenever it should have ended.
-            heappush(self._by_end, (0, account))
+            if len(self._by_end) > 2 * len(self._books) + FEW:
+                self._by_end = [(each.ends, key) for key, each in self._books.items()]
+                heapify(self._by_end)
+            else:
+                heappush(self._by_end, (0, account))
         self._books.move_to_end(account)
         return book
 
