@@ -1,0 +1,391 @@
+"""
+Between the requests and a state backend that may be slow, or away.
+
+Rule 1: who waits for the backend waits at most ``timeout``. When that passes, the backend is taken
+to be away: everybody who waits is told at once, and nobody asks again.
+Rule 2: while it is away, one task asks whether it is back. It is back when it answers, and has
+taken what the journal kept.
+Rule 3: calls that are asked for at the same time go out together: two hundred reservations for one
+viewer are one call, not a queue of two hundred.
+Rule 4: what was shown is counted, sooner or later, once: a confirmation that could not be written
+goes to the journal.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import structlog
+
+from vastproxy.errors import StateAwayError, StateBackendError
+from vastproxy.observe.tasks import Tasks
+from vastproxy.state.base import Account, Booking, Claim, Hold, Level, StateBackend, Verdict
+from vastproxy.state.journal import Journal
+
+T = TypeVar("T")
+
+MAX_BATCH = 500
+"""Holds in one call."""
+STUCK = 0.01
+"""Seconds that the event loop may be late before a time-out is no proof against the backend."""
+MAX_EXTENSIONS = 20
+"""How often a time-out is put off because the event loop was late."""
+FIRST_LOOK = 0.1
+LAST_LOOK = 1.0
+"""Seconds between looks whether the backend is back: from the first to the slowest."""
+LOOK_TIMEOUT = 2.0
+"""Seconds that a look, and the writing of a part of the journal, may take."""
+SETTLED_AT_ONCE = 500
+"""Entries of the journal in one call."""
+SWEEP_EVERY = 60.0
+"""Seconds between two sweeps of what has expired; up to a quarter more, so that many processes do
+not sweep together."""
+
+
+PROBE = "vastproxy:probe"
+"""A plain counter that is written to see whether anything can be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """Who hears what happens to the state: metrics."""
+
+    there: Callable[[bool], None] = lambda _: None
+    """Called when the backend goes, with False, and when it is back, with True."""
+    failed: Callable[[], None] = lambda: None
+    """Called for each call that failed."""
+    waiting: Callable[[int], None] = lambda _: None
+    """Called with the number of entries in the journal when it changes."""
+
+
+class GuardedState:
+    """
+    The state as requests see it.
+
+    *backend* does the work; *timeout* is in seconds; *journal* keeps what cannot be written;
+    *local* says that the backend never waits for anybody, so that calls need not be bundled;
+    *telling* hears what happens.
+    """
+
+    def __init__(
+        self,
+        backend: StateBackend,
+        *,
+        timeout: float = 0.05,
+        journal: Journal | None = None,
+        local: bool = False,
+        telling: "Telling | None" = None,
+    ) -> None:
+        self.backend = backend
+        self.journal = journal or Journal()
+        self.available = True
+        """Whether requests may ask."""
+        self._timeout = timeout
+        self._local = local
+        self._settling = asyncio.Lock()
+        self._telling = telling or Telling()
+        self._tasks = Tasks("state")
+        self._log = structlog.get_logger("vastproxy.state")
+        self._reserving = _Lane[Verdict](self, backend.reserve)
+        self._confirming = _Lane[Booking](self, backend.confirm)
+
+    # --- What requests ask ----------------------------------------------------------------------
+
+    async def reserve(self, holds: Sequence[Hold]) -> list[Verdict]:
+        """Reserve each of *holds*. Raises StateAwayError, or StateBackendError."""
+        if self._local:
+            return await self.backend.reserve(holds)
+        return await self._reserving.ask(holds)
+
+    async def confirm(self, holds: Sequence[Hold]) -> list[Booking | Literal["deferred"]]:
+        """Count each of *holds*, now or, where that cannot be, later (``deferred``)."""
+        try:
+            if self._local:
+                return list(await self.backend.confirm(holds))
+            return list(await self._confirming.ask(holds))
+        except StateBackendError:
+            await self._defer(holds)
+            return ["deferred"] * len(holds)
+        except asyncio.CancelledError:
+            # What was shown was shown, whether or not its player still waits.
+            await self._defer(holds)
+            raise
+
+    async def _defer(self, holds: Sequence[Hold]) -> None:
+        """Count *holds* later."""
+        await self.journal.add(holds)
+        self._telling.waiting(len(self.journal))
+        if self.available:
+            # It answers, so it refused something that travelled along, or is back already.
+            self.spawn(self.flush(), "journal")
+
+    async def void(self, holds: Sequence[Hold]) -> None:
+        """Release *holds*; where that cannot be, their time will."""
+        if holds and self.available:
+            try:
+                await self.in_time(self.backend.void(holds))
+            except StateBackendError as error:
+                self._log.debug("state.void_failed", problem=str(error))
+
+    async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
+        """Tell what stands on the counters of *claims*."""
+        return await self.in_time(self.backend.levels(account, claims))
+
+    async def read_items(self, account: Account) -> dict[str, str]:
+        """Give the items of *account*."""
+        return await self.in_time(self.backend.read_items(account))
+
+    async def write_items(
+        self, account: Account, changes: Mapping[str, str | None], seconds: float
+    ) -> None:
+        """Set or remove items of *account*."""
+        await self.in_time(self.backend.write_items(account, changes, seconds))
+
+    # --- Away and back --------------------------------------------------------------------------
+
+    async def in_time(self, call: Awaitable[T]) -> T:
+        """Wait for *call*, but no longer than the timeout; what goes wrong is StateAwayError."""
+        if not self.available:
+            if asyncio.iscoroutine(call):
+                call.close()
+            raise StateAwayError("the state backend is away")
+        try:
+            async with _patient(self._timeout):
+                return await call
+        except TimeoutError:
+            self.goes_away(f"no answer in {self._timeout * 1000:g} ms")
+            raise StateAwayError(f"no answer in {self._timeout * 1000:g} ms") from None
+        except StateAwayError as error:
+            self.goes_away(str(error))
+            raise
+        except StateBackendError as error:
+            self._telling.failed()
+            self._log.error("state.failed", problem=str(error))
+            raise
+
+    def goes_away(self, problem: str) -> None:
+        """Take it that the backend is away, and begin to look for its return."""
+        self._telling.failed()
+        if not self.available:
+            return
+        self.available = False
+        self._log.warning("state.away", problem=problem, backend=repr(self.backend))
+        self._telling.there(False)  # noqa: FBT003 - whether it is
+        self._tasks.spawn(self._look(time.monotonic()), "look")
+
+    async def _look(self, since: float) -> None:
+        """Wait until the backend is back and has taken the journal."""
+        pause = FIRST_LOOK
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT):
+                    await self.backend.ping()
+                settled = await self._settle()
+            except (StateBackendError, TimeoutError) as error:
+                self._log.debug("state.still_away", problem=str(error))
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LAST_LOOK)
+                continue
+            break
+        self.available = True
+        away = round(time.monotonic() - since, 3)
+        self._log.warning("state.back", away_seconds=away, settled=settled)
+        self._telling.there(True)  # noqa: FBT003 - whether it is
+
+    async def _settle(self) -> int:
+        """Write the journal; give how many entries that were."""
+        count = 0
+        async with self._settling:
+            while holds := self.journal.oldest(SETTLED_AT_ONCE):
+                async with asyncio.timeout(LOOK_TIMEOUT):
+                    await self._write(holds)
+                self.journal.settled(len(holds))
+                self._telling.waiting(len(self.journal))
+                count += len(holds)
+        return count
+
+    async def _write(self, holds: Sequence[Hold]) -> None:
+        """Write *holds*; one that the backend will not take at all must not keep the others."""
+        try:
+            await self.backend.confirm(holds)
+        except StateAwayError:
+            raise
+        except StateBackendError as error:
+            if len(holds) > 1:
+                # By halves: one among five hundred is found in twenty calls.
+                await self._write(holds[: len(holds) // 2])
+                await self._write(holds[len(holds) // 2 :])
+                return
+            await self._see_that_it_writes()
+            lost = f"{holds[0].account} {[(c.key, c.amount) for c in holds[0].claims]}"
+            self._log.error("state.refused", problem=str(error), entry=lost)
+
+    async def _see_that_it_writes(self) -> None:
+        """Raise StateAwayError if the backend takes nothing at all: it is full, or read only."""
+        try:
+            await self.backend.increment(PROBE)
+            await self.backend.set_expiry(PROBE, SWEEP_EVERY)
+        except StateBackendError as error:
+            raise StateAwayError(f"it takes no writes: {error}") from None
+
+    async def flush(self) -> None:
+        """Write what the journal keeps, if the backend is there."""
+        if not self.available:
+            return
+        try:
+            await self._settle()
+            await self.backend.flush()
+        except (StateBackendError, TimeoutError) as error:
+            self.goes_away(str(error) or "the journal could not be written in time")
+
+    # --- Life -----------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """See whether the backend is there; if not, requests are served without it meanwhile."""
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT):
+                await self.backend.ping()
+                await self._settle()
+        except (StateAwayError, TimeoutError) as error:
+            self.goes_away(str(error) or f"no answer in {LOOK_TIMEOUT:g} s")
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as opened:
+            await self._tasks.__aenter__()
+            await self.backend.__aenter__()
+            opened.push_async_exit(self)
+            await self.open()
+            opened.pop_all()
+        self._tasks.spawn(self._sweep_regularly(), "sweep")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._tasks.__aexit__(None, None, None)
+        if len(self.journal):
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT):
+                    await self._settle()
+            except (StateBackendError, TimeoutError) as error:
+                self._log.warning("state.not_settled", problem=str(error))
+        self.journal.close()
+        await self.backend.__aexit__(None, None, None)
+
+    async def _sweep_regularly(self) -> None:
+        """Have expired rows deleted, now and then, while the backend is there."""
+        while True:
+            await asyncio.sleep(SWEEP_EVERY * random.uniform(1, 1.25))  # noqa: S311 - no secret
+            if not self.available:
+                continue
+            try:
+                swept = await self.backend.sweep()
+            except StateBackendError as error:
+                # A sweep may take longer than a request would wait: it is no proof of absence.
+                self._log.warning("state.sweep_failed", problem=str(error))
+            else:
+                self._log.debug("state.swept", rows=swept)
+
+    def spawn(self, work: Any, name: str) -> None:  # noqa: ANN401 - a coroutine
+        """Start *work* that ends with this object."""
+        self._tasks.spawn(work, name)
+
+    def __repr__(self) -> str:
+        there = "available" if self.available else "away"
+        return f"<GuardedState {there}, {self.backend!r}, {self.journal!r}>"
+
+
+class _Lane(Generic[T]):
+    """Calls of one kind: what is asked while one is under way goes out together, next."""
+
+    def __init__(
+        self, state: GuardedState, call: Callable[[Sequence[Hold]], Awaitable[list[T]]]
+    ) -> None:
+        self._state = state
+        self._call = call
+        self._waiting: list[tuple[Sequence[Hold], asyncio.Future[list[T]]]] = []
+        self._running = False
+
+    async def ask(self, holds: Sequence[Hold]) -> list[T]:
+        """Give what the call gives for *holds*, which may travel with others'."""
+        if not self._state.available:
+            raise StateAwayError("the state backend is away")
+        answer: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((holds, answer))
+        if not self._running:
+            self._running = True
+            self._state.spawn(self._run(), "lane")
+        return await answer
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await self._send(self._batch())
+        finally:
+            self._running = False
+            waiting, self._waiting = self._waiting, []
+            _break_off(waiting)
+
+    def _batch(self) -> list[tuple[Sequence[Hold], asyncio.Future[list[T]]]]:
+        taken, count = 0, 0
+        for holds, _ in self._waiting:
+            count += len(holds)
+            if taken and count > MAX_BATCH:
+                break
+            taken += 1
+        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return batch
+
+    async def _send(self, batch: list[tuple[Sequence[Hold], asyncio.Future[list[T]]]]) -> None:
+        # Who has gone meanwhile is left out: a viewer that closed the connection reserves nothing.
+        batch = [each for each in batch if not each[1].done()]
+        holds = [hold for each, _ in batch for hold in each]
+        try:
+            results = await self._state.in_time(self._call(holds)) if holds else []
+            at = 0
+            for each, answer in batch:
+                if not answer.done():
+                    answer.set_result(results[at : at + len(each)])
+                at += len(each)
+        except StateBackendError as error:
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(type(error)(str(error)))
+        finally:
+            # Where the task ends, or fails by a mistake of ours, nobody waits for ever.
+            _break_off(batch)
+
+
+def _break_off(batch: Sequence[tuple[Sequence[Hold], asyncio.Future[Any]]]) -> None:
+    """Tell those of *batch* who still wait that nothing comes."""
+    for _, answer in batch:
+        if not answer.done():
+            answer.set_exception(StateAwayError("the call was broken off"))
+
+
+@asynccontextmanager
+async def _patient(seconds: float) -> AsyncIterator[None]:
+    """
+    Time out after *seconds*, but not because the event loop itself was late.
+
+    A loop that was busy for 100 ms finds the answer and the end of the time in the same look; the
+    answer counts.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        left = [MAX_EXTENSIONS]
+
+        def ring(due: float) -> None:
+            if loop.time() - due > STUCK and left[0]:
+                left[0] -= 1
+                timer[0] = loop.call_later(seconds, ring, loop.time() + seconds)
+            else:
+                limit.reschedule(loop.time())
+
+        timer = [loop.call_later(seconds, ring, loop.time() + seconds)]
+        try:
+            yield
+        finally:
+            timer[0].cancel()

@@ -1,0 +1,1 @@
+"""One script per revision; none is changed once it has been released."""
