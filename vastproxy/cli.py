@@ -14,7 +14,7 @@ from vastproxy import __version__
 from vastproxy.config.load import load
 from vastproxy.config.schema import Config, json_schema
 from vastproxy.config.units import parse_duration, parse_network
-from vastproxy.errors import ConfigError
+from vastproxy.errors import ConfigError, StateBackendError
 
 DEFAULT_CONFIG = "config.yaml"
 
@@ -59,17 +59,51 @@ def _run(work: Coroutine[Any, Any, Any]) -> None:
 @main.command()
 @_config_option
 def serve(path: Path) -> None:
-    """Run the proxy until SIGTERM or SIGINT."""
+    """Run the proxy until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
     from vastproxy.app import serve as serve_config  # noqa: PLC0415 - other commands start faster
     from vastproxy.observe import log  # noqa: PLC0415
 
     config = _loaded(path)
     log.configure(config.log.level, config.log.format)
+
+    def reread() -> Config:
+        return load(path, os.environ)
+
     try:
-        _run(serve_config(config))
+        if config.server.workers > 1:
+            from vastproxy.supervisor import supervise  # noqa: PLC0415
+
+            # uvloop would let workers start with no signal blocked.
+            asyncio.run(supervise(config, reread))
+        else:
+            _run(serve_config(config, reread))
+    except StateBackendError as error:
+        click.echo(f"vastproxy cannot use its state: {error}", err=True)
+        raise SystemExit(1) from None
     except OSError as error:
         click.echo(f"vastproxy cannot listen: {error}", err=True)
         raise SystemExit(1) from None
+
+
+@main.command()
+@_config_option
+def migrate(path: Path) -> None:
+    """Bring the tables of the state's database up to date; other states have none."""
+    config = _loaded(path)
+    if config.state.kind not in {"sqlite", "postgresql"}:
+        click.echo(f"{config.state} has no tables: nothing to do")
+        return
+    from vastproxy.state.migrate import migrate as bring_up  # noqa: PLC0415 - an extra
+
+    try:
+        before, after = asyncio.run(bring_up(config.state.url))
+    except StateBackendError as error:
+        click.echo(str(error), err=True)
+        raise SystemExit(1) from None
+    if before == after:
+        click.echo(f"{config.state} is up to date ({after})")
+    else:
+        click.echo(f"{config.state} was brought from {before or 'nothing'} to {after}")
 
 
 @main.command()

@@ -113,6 +113,8 @@ class AdRequest:
     """The id a trusted proxy gave this request; empty: one is made."""
     received: float | None = None
     """When it came in, on the loop's monotonic clock, in seconds; None: just now."""
+    base: str = ""
+    """Where the player reaches the proxy: scheme, host and path, without a slash at the end."""
 
     def header(self, name: str) -> str:
         """Give the value of header *name*, as text that can be encoded; empty for none."""
@@ -162,5 +164,7 @@ class AdResponse:
     """Whose ads they are; empty for none."""
     flags: tuple[str, ...] = ()
     """What happened on the way, in the access log's words."""
+    refused: tuple[str, ...] = ()
+    """Which caps and budgets refused an ad, or would have, in words."""
     timings: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds of each step, for ``Server-Timing``."""

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from tests.support.ad_server import AdServer as Upstreams
 from tests.support.ad_server import Reply
+from tests.support.away_state import AwayState
 from tests.support.hostile import a_wrapper, an_inline, wrapper_element
 from vastproxy.config.template import Template
 from vastproxy.config.units import Source
@@ -25,6 +26,7 @@ from vastproxy.flow.routing import Route
 from vastproxy.model import AdRequest, AdResponse, Device, FrozenMapping, Query
 from vastproxy.observe.tasks import Tasks
 from vastproxy.session.factory import SessionFactory
+from vastproxy.state.base import Account, money
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
@@ -86,7 +88,7 @@ async def stage() -> AsyncIterator[Stage]:
         web = await stack.enter_async_context(Upstreams())
         client = await stack.enter_async_context(AiohttpClient(LOOPBACK))
         tasks = await stack.enter_async_context(Tasks("reports"))
-        factory = SessionFactory(lambda _: False, now=lambda: NOW)
+        factory = SessionFactory(is_public_suffix=lambda _: False, now=lambda: NOW)
         yield Stage(AdServer(factory, ErrorReporter(client, tasks)), web, client, tasks)
 
 
@@ -567,3 +569,199 @@ async def test_repr_tells_of_the_reports(stage: Stage) -> None:
     assert repr(stage.ads) == (
         "<AdServer <ErrorReporter sent: 0, failed: 0, dropped: 0, waiting: 0>>"
     )
+
+
+# --- For the library ------------------------------------------------------------------------------
+
+
+@dataclass
+class Shop:
+    """An ad server of the library, its state, and the servers that it asks."""
+
+    ads: AdServer
+    state: AwayState
+    web: Upstreams
+
+    async def serve(self, user: str = "me", limit: Any = 1000.0, **more: Any) -> str | None:
+        """Serve an ad as code does that uses the library."""
+        return await self.ads.serve_ad(
+            user_id=user, device_id="tv", campaign_id="spring", budget_limit=limit, **more
+        )
+
+    async def standing(self) -> tuple[int, int]:
+        """Give what the campaign has spent, and what is reserved of it, in micro-units."""
+        [level] = await self.state.levels(Account("campaign", "spring"), [money(0)])
+        return level.counted, level.reserved
+
+
+@pytest.fixture
+async def shop() -> AsyncIterator[Shop]:
+    """Open a shop with two upstreams; both have a wrapper, and an ad behind it."""
+    async with AsyncExitStack() as stack:
+        web = await stack.enter_async_context(Upstreams())
+        for name in ("one", "two"):
+            web.replies |= {
+                f"/{name}": a_wrapper(web.url(f"/{name}-end")),
+                f"/{name}-end": an_inline(f"{name}-ad"),
+            }
+        one, two = [
+            await stack.enter_async_context(
+                VastUpstream.open(web.url(f"/{each}"), name=each, egress_allow=["127.0.0.0/8"])
+            )
+            for each in ("one", "two")
+        ]
+        state = AwayState()
+        ads = await stack.enter_async_context(
+            AdServer(primary_upstream=one, fallback_upstream=two, state_backend=state)
+        )
+        yield Shop(ads, state, web)
+
+
+async def test_library_gets_the_resolved_document(shop: Shop) -> None:
+    """What code is given is one document of InLine ads; the entry is sent who asks."""
+    ad = await shop.serve()
+    entry, end = shop.web.requests
+
+    assert ad is not None
+    assert "<InLine>" in ad
+    assert "<Wrapper>" not in ad
+    assert 'id="one-ad"' in ad
+    assert {"uid": "me", "device_id": "tv"} == entry.cookies
+    assert end.path == "/one-end"
+
+
+@pytest.mark.parametrize(
+    "broken", [{"/one": Reply(status=500)}, {"/one": b"<VAST/>"}, {"/one-end": Reply(status=404)}]
+)
+async def test_library_falls_back(shop: Shop, broken: dict[str, Reply | bytes]) -> None:
+    """Where the primary upstream, or the chain behind it, gives no ad, the fallback is asked."""
+    shop.web.replies |= broken
+    ad = await shop.serve()
+
+    assert ad is not None
+    assert 'id="two-ad"' in ad
+
+
+async def test_library_counts_what_it_serves(shop: Shop) -> None:
+    """Three ads for a viewer are the default; each costs its price, and is counted at once."""
+    ads = [await shop.serve(price="0.0025") for _ in range(4)]
+
+    assert [True, True, True, False] == [each is not None for each in ads]
+    assert (7500, 0) == await shop.standing()
+    assert await shop.serve("you") is not None
+
+
+async def test_crowd_of_the_library_passes_no_limit(shop: Shop) -> None:
+    """Of fifty that ask at the same time, caps and budgets let through as many as they say."""
+    async with asyncio.TaskGroup() as group:
+        capped = [group.create_task(shop.serve("me", frequency_cap=3)) for _ in range(50)]
+    async with asyncio.TaskGroup() as group:
+        work = [shop.serve(f"u{at}", 10, price="2.5") for at in range(50)]
+        paid = [group.create_task(each) for each in work]
+
+    assert 3 == sum(each.result() is not None for each in capped)
+    assert 4 == sum(each.result() is not None for each in paid)
+    assert (10_000_000, 0) == await shop.standing()
+
+
+async def test_no_ad_of_the_library_counts_nothing(shop: Shop) -> None:
+    """Where nobody has an ad there is none, and neither place nor money is taken."""
+    shop.web.replies |= {"/one": b"<VAST/>", "/two": Reply(status=500)}
+    assert await shop.serve(limit=1, frequency_cap=1, price=1) is None
+    shop.web.replies["/two"] = an_inline()
+
+    assert await shop.serve(limit=1, frequency_cap=1, price=1) is not None
+    assert (1_000_000, 0) == await shop.standing()
+
+
+async def test_price_of_the_ad_goes_first(shop: Shop) -> None:
+    """An ad that says what a thousand of it cost is charged a thousandth, whatever the price."""
+    pricing = b'<Pricing model="CPM" currency="USD">5.00</Pricing></InLine>'
+    shop.web.replies["/one-end"] = an_inline().replace(b"</InLine>", pricing)
+    await shop.serve(price=2)
+
+    assert (5000, 0) == await shop.standing()
+
+
+async def test_library_and_sessions_share_the_cap(shop: Shop) -> None:
+    """An ad that a session counted takes a place from the ad server's cap, and the reverse."""
+    factory = SessionFactory(state_backend=shop.state)
+    upstream = shop.ads._embedded.upstreams[0] if shop.ads._embedded else None
+    assert upstream is not None
+    async with factory.session_of(factory.context(), upstream) as session:
+        await session.check_frequency_cap("me", 2)
+        await session.request()
+
+    assert [True, False] == [await shop.serve(frequency_cap=2) is not None for _ in range(2)]
+
+
+async def test_cap_of_none_and_budget_that_is_spent(shop: Shop) -> None:
+    """A cap of 0 serves nothing, as does a budget that is spent, and nobody is asked."""
+    await shop.state.add_spend("budget:spring", 5)
+    with capture_logs() as logs:
+        assert await shop.serve(frequency_cap=0) is None
+        assert await shop.serve(limit=5) is None
+
+    assert [] == shop.web.requests
+    told = [each for each in logs if each["event"] == "ad.not_served"]
+    assert ["capped", "over_budget"] == [each["flags"][-1] for each in told]
+    assert {"spring"} == {each["campaign"] for each in told}
+
+
+async def test_library_serves_without_the_state(shop: Shop) -> None:
+    """While the state is away ads are served; what they cost is counted when it is back."""
+    shop.state.away |= {"reserve", "confirm", "levels", "ping"}
+    with capture_logs() as logs:
+        assert await shop.serve(price=1) is not None
+        shop.state.away.clear()
+        await shop.ads.close()
+
+    assert "state.away" in {each["event"] for each in logs}
+    assert (1_000_000, 0) == await shop.standing()
+
+
+async def test_library_tells_what_it_could_not_count(shop: Shop) -> None:
+    """Closed while the state is away, the ad server says how much of it was never counted."""
+    shop.state.away |= {"reserve", "confirm", "levels", "ping"}
+    assert await shop.serve(price=1) is not None
+    with capture_logs() as logs:
+        await shop.ads.close()
+
+    # The place under the cap, and the money.
+    assert [2] == [each["waiting"] for each in logs if each["event"] == "ad.not_counted"]
+
+
+@pytest.mark.parametrize("amounts", [{"limit": -1}, {"price": -1}, {"price": "x"}])
+async def test_library_refuses_nonsense(shop: Shop, amounts: dict[str, Any]) -> None:
+    """What is no amount is the caller's mistake, and no reason to serve for nothing."""
+    with pytest.raises(ValueError, match=r"money|less than nothing"):
+        await shop.serve(**amounts)
+
+
+async def test_library_reports_dead_chains(shop: Shop) -> None:
+    """The errors of a chain that gave nothing are told, and closing waits for that."""
+    error = shop.web.url("/error?c=[ERRORCODE]")
+    shop.web.replies["/one"] = a_wrapper(shop.web.url("/gone"), errors=[error])
+    await shop.serve()
+    await shop.ads.close()
+
+    assert ["c=301"] == [each.query for each in shop.web.seen("/error")]
+
+
+async def test_state_in_memory_is_the_default() -> None:
+    """Without a state the ad server counts by itself; without a fallback there is none."""
+    async with Upstreams(fallback=an_inline()) as web, VastUpstream.open(web.url("/")) as upstream:
+        ads = AdServer(primary_upstream=upstream)
+        served = [await ads.serve_ad("me", "tv", "spring", 1, 2) for _ in range(3)]
+        await ads.close()
+
+    assert [True, True, False] == [each is not None for each in served]
+
+
+async def test_ad_server_of_routes_serves_no_single_ads(stage: Stage) -> None:
+    """An ad server without upstreams of its own answers routes only, and says so."""
+    with pytest.raises(RuntimeError, match="make one with primary_upstream"):
+        await stage.ads.serve_ad("me", "tv", "spring", 1)
+    with pytest.raises(TypeError, match="needs primary_upstream"):
+        AdServer()
+    await stage.ads.close()

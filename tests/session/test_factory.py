@@ -1,13 +1,20 @@
 """The context of a new ad request, and what the proxy knows of its macros."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from vastproxy import __version__
+from vastproxy.config.template import Template
 from vastproxy.model import AdRequest, Device
 from vastproxy.session.factory import MAX_VALUE, SessionFactory, TimestampStyle, macros_of
+from vastproxy.session.seals import ViewerNames
 from vastproxy.session.session import Request
+from vastproxy.state.memory import InMemoryBackend
+from vastproxy.upstream.client import AiohttpClient
+from vastproxy.upstream.egress import EgressPolicy
+from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
 from vastproxy.vast.macros import Macros
 
 NOON = 1_795_435_200.123
@@ -16,7 +23,7 @@ NOON = 1_795_435_200.123
 @pytest.fixture
 def factory() -> SessionFactory:
     """Give a factory whose clock stands still, and for which no name is a public suffix."""
-    return SessionFactory(lambda _: False, now=lambda: NOON)
+    return SessionFactory(is_public_suffix=lambda _: False, now=lambda: NOON)
 
 
 def a_request(*, macros: dict[str, str] | None = None, **device: str) -> Request:
@@ -150,3 +157,74 @@ def test_values_are_bounded(factory: SessionFactory) -> None:
 def test_value_at_the_bound_is_whole(factory: SessionFactory) -> None:
     """The longest value that fits stays as it is."""
     assert "x" * MAX_VALUE == known(factory, a_request(user_agent="x" * MAX_VALUE)).get("DEVICEUA")
+
+
+# --- Sessions for the library -------------------------------------------------------------------
+
+
+def an_upstream(style: TimestampStyle = "unix_ms") -> VastUpstream:
+    """Build an upstream that nobody asks."""
+    settings = UpstreamSettings("main", Template.parse("http://x.example/{viewer}"))
+    return VastUpstream(
+        replace(settings, timestamp=style), AiohttpClient(EgressPolicy()), lambda: NOON
+    )
+
+
+async def test_ids_become_cookies() -> None:
+    """Viewer, device and publisher are cookies of the context; ids that are empty are left out."""
+    factory = SessionFactory(an_upstream())
+    whole = await factory.create_session("u1", "d1", "p1")
+    little = await factory.create_session(device_id="d1")
+
+    assert {"uid": "u1", "device_id": "d1", "publisher_id": "p1"} == whole.context.cookies
+    assert {"device_id": "d1"} == little.context.cookies
+    assert "http://x.example/u1" == whole.upstream.entry_url(whole).partition("?")[0]
+
+
+async def test_correlators_are_random() -> None:
+    """Two sessions of one viewer at one moment have neither correlator nor request id in common."""
+    factory = SessionFactory(an_upstream(), now=lambda: NOON)
+    one, two = await factory.create_session("u1"), await factory.create_session("u1")
+
+    assert one.context.timestamp == two.context.timestamp
+    assert one.context.correlator != two.context.correlator
+    assert one.context.request_id != two.context.request_id
+
+
+async def test_factory_without_an_upstream_makes_no_session() -> None:
+    """Without an upstream there is nobody to open a session at."""
+    with pytest.raises(ValueError, match=r"write SessionFactory\(upstream, ...\)"):
+        await SessionFactory().create_session("u1")
+
+
+async def test_upstream_says_how_it_wants_the_time() -> None:
+    """A session of the library fills the time as its upstream wants it."""
+    factory = SessionFactory(an_upstream("iso8601"), now=lambda: NOON)
+    session = await factory.create_session()
+
+    assert "2026-11-23T12%3A00%3A00.123%2B00%3A00" == session.macros.get("TIMESTAMP")
+
+
+async def test_factories_agree_on_viewers_unless_told_a_secret() -> None:
+    """Two factories count one viewer as one; with secrets of their own, as two."""
+    state = InMemoryBackend()
+    usual = SessionFactory(an_upstream(), state), SessionFactory(an_upstream(), state)
+    for each in (*usual, SessionFactory(an_upstream(), state, names=ViewerNames(["s" * 32]))):
+        session = await each.create_session("u1")
+        await session.check_frequency_cap("u1")
+        await session.settle(shown=True)
+
+    assert 2 == len(state._books)
+
+
+def test_public_suffixes_are_known_without_being_asked_for() -> None:
+    """A factory keeps cookies from crossing registries; the list is loaded when it is needed."""
+    factory = SessionFactory()
+
+    assert factory.is_public_suffix("co.uk")
+    assert not factory.is_public_suffix("example.co.uk")
+
+
+def test_repr_says_whom_it_asks_and_where_it_counts() -> None:
+    """A factory tells its upstream and its state, and no secrets."""
+    assert "<SessionFactory None, None>" == repr(SessionFactory())

@@ -48,6 +48,10 @@ class Answer:
         """Give the first value of header *name*, or None."""
         return next(iter(self.values(name)), None)
 
+    def json(self) -> Any:
+        """Read the body as JSON."""
+        return json.loads(self.body)
+
 
 def ask(
     base: str,
@@ -81,6 +85,8 @@ class Proxy:
     """Where players ask: scheme, address and port."""
     admin: str
     """The same of the operator's side."""
+    path: Path = field(default=Path(), repr=False)
+    """The file of its configuration."""
     lines: list[str] = field(default_factory=list, repr=False)
     """What it has written so far on standard output and standard error."""
     reader: threading.Thread | None = field(default=None, repr=False)
@@ -115,6 +121,12 @@ class Proxy:
             time.sleep(0.01)
         return found[0]
 
+    def reload(self, change: Mapping[str, Any]) -> None:
+        """Write *change* over sections of the configuration, send SIGHUP, and return at once."""
+        config = yaml.safe_load(self.path.read_text())
+        self.path.write_text(yaml.safe_dump({**config, **change}, sort_keys=False))
+        self.process.send_signal(signal.SIGHUP)
+
     def terminate(self) -> None:
         """Send SIGTERM, and return at once."""
         self.process.send_signal(signal.SIGTERM)
@@ -137,6 +149,16 @@ class Proxy:
 def running_proxy(
     config: Mapping[str, Any], directory: Path, *, environment: Mapping[str, str] | None = None
 ) -> Iterator[Proxy]:
+    """Run the proxy as :func:`started_proxy` does, and wait until it is ready."""
+    with started_proxy(config, directory, environment=environment) as proxy:
+        _wait_ready(proxy)
+        yield proxy
+
+
+@contextlib.contextmanager
+def started_proxy(
+    config: Mapping[str, Any], directory: Path, *, environment: Mapping[str, str] | None = None
+) -> Iterator[Proxy]:
     """
     Run the proxy with *config* until the block ends; it must then end with exit code 0.
 
@@ -150,7 +172,6 @@ def running_proxy(
         path.write_text(yaml.safe_dump({**config, "server": server}, sort_keys=False))
         proxy = _start(path, f"http://{server['listen']}", f"http://{server['admin']}", environment)
         try:
-            _wait_ready(proxy)
             yield proxy
             assert 0 == proxy.stop(), "\n".join(proxy.lines)
         finally:
@@ -176,7 +197,7 @@ def _start(path: Path, base: str, admin: str, environment: Mapping[str, str] | N
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    proxy = Proxy(process, base, admin)
+    proxy = Proxy(process, base, admin, path)
     proxy.reader = threading.Thread(target=_read_lines, args=(proxy,), name="proxy output")
     proxy.reader.start()
     return proxy

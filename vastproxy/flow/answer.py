@@ -29,6 +29,7 @@ _FLAGS = {
     VastCode.SCHEMA: "bad_vast",
     VastCode.VERSION: "old_vast",
     VastCode.CATEGORY_BLOCKED: "blocked_category",
+    VastCode.NOT_SERVED: "not_served",
     VastCode.WRAPPER: "wrapper_refused",
     VastCode.WRAPPER_TIMEOUT: "upstream_failed",
     VastCode.WRAPPER_LIMIT: "wrapper_limit",

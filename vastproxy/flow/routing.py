@@ -8,6 +8,7 @@ from urllib.parse import unquote_plus
 
 from vastproxy.config.template import Template
 from vastproxy.config.units import Source
+from vastproxy.flow.admission import Terms
 from vastproxy.model import AdRequest
 from vastproxy.upstream.upstream import VastUpstream, lookup
 from vastproxy.vast.unwrap import Policy
@@ -36,6 +37,14 @@ class Route:
     error_reporting: Literal["proxy", "player"] = "proxy"
     fill_macros: Literal["standard", "all"] = "standard"
     macros: tuple[tuple[str, Template], ...] = ()
+    terms: Terms = field(default_factory=Terms)
+    """What its ads have to keep to."""
+
+    @property
+    def cookie_ttl(self) -> float:
+        """Seconds that viewers' cookies are kept; 0: no upstream wants them kept."""
+        kept = [each.settings for each in self.upstreams if each.settings.cookies == "viewer"]
+        return max((each.cookie_ttl for each in kept), default=0.0)
 
 
 class Router:

@@ -32,7 +32,7 @@ HOUR = 3600
 LONGEST_SUBJECT = 40
 """Characters of a subject that are kept as they are; a longer one is kept as a hash."""
 
-_CODE = re.compile(r"(?:r(\d{1,15})|f(\d{1,15})|c(hour|day|week|month) ([A-Za-z0-9_+/-]+)|l)")
+_CODE = re.compile(r"(?:r([0-9]{1,15})|f([0-9]{1,15})|c(hour|day|week|month) ([A-Za-z0-9_+/-]+)|l)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,25 @@
 """An ad server as the operator configured it, and how it and the hops behind it are asked."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Self
 
 from vastproxy.config.template import Placeholder, Template
+from vastproxy.config.units import check_authority, parse_network
 from vastproxy.errors import EgressBlockedError, RedirectError, UpstreamTimeoutError
 from vastproxy.model import AdRequest, Device, HopReply, HopRequest, Query
 from vastproxy.observe.trace import Exchange
+from vastproxy.session.context import SessionContext
 from vastproxy.session.cookies import CookieJar
-from vastproxy.session.session import Fetched, VastSession
-from vastproxy.upstream.client import HopClient
+from vastproxy.session.factory import SessionFactory
+from vastproxy.session.session import Fetched, TimestampStyle, VastSession
+from vastproxy.state.base import StateBackend
+from vastproxy.upstream.client import AiohttpClient, HopClient
+from vastproxy.upstream.egress import EgressPolicy, own_addresses
 from vastproxy.upstream.headers import device_headers, safe
 from vastproxy.upstream.urls import Target, extended, joined, target, with_parameter
 from vastproxy.vast.document import VastDocument
@@ -43,11 +50,13 @@ class UpstreamSettings:
     timeout: float = 1.0
     """Seconds for one hop, redirects included."""
     max_body: int = 512 * 1024
-    cookies: Literal["chain", "off"] = "chain"
+    cookies: Literal["chain", "viewer", "off"] = "chain"
+    cookie_ttl: float = 30 * 86_400.0
+    """Seconds that cookies of scope ``viewer`` are kept from the last change."""
     session_params: tuple[str, ...] = ("correlator", "timestamp")
     user_agent: Literal["device", "proxy"] = "device"
     forwarded_for: Literal["set", "append", "off"] = "set"
-    timestamp: Literal["unix_ms", "iso8601"] = "unix_ms"
+    timestamp: TimestampStyle = "unix_ms"
     spelling: Spelling = field(default_factory=spelling)
 
 
@@ -64,7 +73,8 @@ class VastUpstream:
         self, settings: UpstreamSettings, client: HopClient, now: Callable[[], float]
     ) -> None:
         self.settings = settings
-        self._client = client
+        self.client = client
+        """What makes the requests."""
         self._now = now
         self._taken = frozenset().union(
             settings.endpoint.query_names,
@@ -72,10 +82,59 @@ class VastUpstream:
             Query(settings.endpoint.text.partition("?")[2]),
         )
 
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        endpoint: str,
+        *,
+        name: str = "primary",
+        timeout: float = 1.0,  # noqa: ASYNC109 - of a hop, and kept for later
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        egress_allow: Iterable[str] = (),
+    ) -> AsyncIterator[Self]:
+        """
+        Open an upstream without a configuration, with an HTTP client of its own.
+
+        *endpoint* is its URL; *params* and *headers* are added to its requests. They are templates
+        as in the configuration: ``{viewer}`` is the viewer's id, and a brace is doubled. *timeout*
+        is in seconds, for one hop. Hops that wrappers lead to may reach private networks only if
+        *egress_allow* names them (``10.0.0.0/8``). Raises ValueError for what cannot be used.
+        """
+        check_authority(endpoint)
+        policy = EgressPolicy(
+            allow=tuple(map(parse_network, egress_allow)), own_addresses=own_addresses()
+        )
+        settings = UpstreamSettings(
+            name,
+            Template.parse(endpoint),
+            params=_templates(params or {}),
+            headers=_templates(headers or {}),
+            timeout=timeout,
+        )
+        async with AiohttpClient(policy) as client:
+            yield cls(settings, client, time.time)
+
+    async def create_session(
+        self, context: SessionContext, state_backend: StateBackend | None = None
+    ) -> VastSession:
+        """
+        Open a session of *context* here, for code that has no player's request.
+
+        It counts caps and budgets in *state_backend*. A factory is for who opens many.
+        """
+        return SessionFactory(self, state_backend, now=self._now).session_of(context, self)
+
     @property
     def name(self) -> str:
         """What the operator calls it."""
         return self.settings.name
+
+    @property
+    def timestamp(self) -> TimestampStyle:
+        """How it wants ``[TIMESTAMP]``."""
+        return self.settings.timestamp
 
     @property
     def taken_parameters(self) -> frozenset[str]:
@@ -176,8 +235,8 @@ class VastUpstream:
         names is not what the operator named. Raises UpstreamError.
         """
         limit, starved = self._limit(session)
-        jar = session.jar if self.settings.cookies == "chain" else None
-        hop = _Hop(self._client, jar, self._now, limit, self.settings.max_body, exchanges)
+        jar = session.jar_of(self.settings.cookies)
+        hop = _Hop(self.client, jar, self._now, limit, self.settings.max_body, exchanges)
         sent = self._headers(session, trusted=trusted, further=headers or {})
         for _ in range(MAX_REDIRECTS + 1):
             place = target(url)
@@ -297,6 +356,10 @@ def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
                 return _safe_rest(request.rest)
 
     return look
+
+
+def _templates(texts: Mapping[str, str]) -> tuple[tuple[str, Template], ...]:
+    return tuple((name, Template.parse(each)) for name, each in texts.items())
 
 
 def _is_listed(name: str, pattern: str) -> bool:

@@ -7,18 +7,23 @@ Rule 2: every answer, an empty one and an error too, carries the CORS headers of
 section 3: without them a player reports a network error instead of "no ad".
 """
 
+import re
 import socket
 from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Final
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from vastproxy.flow.beacons import SUFFIX
 from vastproxy.model import AdRequest, AdResponse, Device, Query, clean
 
 ALLOWED = "GET, HEAD, OPTIONS"
 EXPOSED = "X-Request-Id, Server-Timing"
 PREFLIGHT_SECONDS = "86400"
 CONTENT_TYPE = "application/xml; charset=utf-8"
+
+_HOST = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
 Networks = tuple[IPv4Network | IPv6Network, ...]
 
@@ -156,6 +161,57 @@ def preflight(request: web.BaseRequest) -> web.Response:
     if asked:
         headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = clean(asked)
     return web.Response(status=204, headers=headers)
+
+
+PIXEL: Final = bytes.fromhex(
+    "47494638396101000100800000000000ffffff21f90401000000002c000000000100010000020144003b"
+)
+"""A picture of one transparent point, as GIF89a has it."""
+
+
+def beacon_answer(request: web.BaseRequest, token: str, status: int) -> web.Response:
+    """
+    Answer a beacon with *status*: nothing, or a picture where the player wants to see one.
+
+    It does if the *token* ends in ``.gif``, or if it asks for pictures first, as ``<img>`` does.
+    """
+    headers = cors(request)
+    headers[hdrs.CACHE_CONTROL] = "no-store"
+    wanted = request.headers.get(hdrs.ACCEPT, "").startswith("image/")
+    if status != web.HTTPNoContent.status_code or not (wanted or token.endswith(SUFFIX)):
+        return web.Response(status=status, headers=headers)
+    headers[hdrs.CONTENT_TYPE] = "image/gif"
+    return web.Response(body=PIXEL, headers=headers)
+
+
+def public_base(request: web.BaseRequest, trusted: Networks) -> str:
+    """
+    Say where the player reached the proxy: ``https://ads.example.com``.
+
+    ``X-Forwarded-Proto`` and ``X-Forwarded-Host`` count from trusted proxies only. A Host that
+    is none is passed over: then it is the address that the connection came to.
+    """
+    scheme, host = request.scheme, request.headers.get(hdrs.HOST, "")
+    peer = request.remote or ""
+    if _is_trusted(peer, trusted) if peer else _is_local(request):
+        scheme = _first(request.headers.get("X-Forwarded-Proto", "")).lower() or scheme
+        host = _first(request.headers.get("X-Forwarded-Host", "")) or host
+    if not _HOST.fullmatch(host):
+        host = _own_address(request)
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+def _first(listed: str) -> str:
+    """Give what the outermost of several proxies said."""
+    return listed.partition(",")[0].strip()
+
+
+def _own_address(request: web.BaseRequest) -> str:
+    place = request.transport.get_extra_info("sockname") if request.transport else None
+    if not isinstance(place, tuple):
+        return "localhost"
+    host, port = place[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def refused(request: web.BaseRequest, status: int, text: str) -> web.Response:

@@ -6,27 +6,41 @@ gets 200 and an empty VAST, and the log gets the traceback.
 """
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from http import HTTPMethod
 from time import perf_counter
+from typing import Final, Literal
 
 import structlog
 from aiohttp import web
 
 from vastproxy.flow.ad_server import AdServer
+from vastproxy.flow.beacons import PATH
 from vastproxy.flow.routing import Route, Router
-from vastproxy.model import AdResponse
+from vastproxy.model import AdRequest, AdResponse
+from vastproxy.observe.metrics import Outcome, RequestMetrics
 from vastproxy.session.context import new_request_id
 from vastproxy.vast.serialise import empty
 from vastproxy.web.handlers import (
     Networks,
     ad_request,
     answered,
+    beacon_answer,
     cors,
     preflight,
+    public_base,
     raw_path,
     refused,
 )
+
+REFUSALS: Final[Mapping[str, tuple[Literal["cap", "budget"], str]]] = {
+    "capped": ("cap", "enforce"),
+    "shadow_capped": ("cap", "shadow"),
+    "over_budget": ("budget", "enforce"),
+    "shadow_over_budget": ("budget", "shadow"),
+}
+"""What flags say of caps and budgets, for the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +49,36 @@ class PlayerSettings:
 
     trusted_proxies: Networks = ()
     max_in_flight: int = 2000
+    public_url: str = ""
+    """Where players reach the proxy; empty: as each request came in."""
 
 
 class Player:
     """
     Answers players.
 
-    *ads* answers ad requests, *router* finds their routes.
+    *ads* answers ad requests, *router* finds their routes, *metrics* counts them.
     """
 
-    def __init__(self, ads: AdServer, router: Router, settings: PlayerSettings) -> None:
+    def __init__(
+        self,
+        ads: AdServer,
+        router: Router,
+        settings: PlayerSettings,
+        metrics: RequestMetrics | None = None,
+    ) -> None:
         self._ads = ads
         self._router = router
         self._settings = settings
+        self._metrics = RequestMetrics() if metrics is None else metrics
         self._log = structlog.get_logger("vastproxy.access")
         self.in_flight = 0
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one HTTP request."""
         path = raw_path(request)
+        if path.startswith(PATH):
+            return await self._beacon(request, path.removeprefix(PATH))
         match = self._router.find(path)
         if match is None:
             return refused(request, 404, "no route has this path")
@@ -66,6 +91,24 @@ class Player:
             return refused(request, 405, "ads are asked for with GET")
         return await self._answer(request, *match)
 
+    async def _beacon(self, request: web.BaseRequest, token: str) -> web.Response:
+        """Count an ad that was shown; whatever happens, the player is not kept waiting."""
+        if request.method == HTTPMethod.OPTIONS:
+            return preflight(request)
+        if request.method == HTTPMethod.HEAD:
+            return beacon_answer(request, token, 204)
+        if request.method != HTTPMethod.GET:
+            return refused(request, 405, "beacons are sent with GET")
+        try:
+            beacons = self._ads.beacons
+            result = await beacons.take(token) if beacons else "forged"
+        except Exception:  # noqa: BLE001 - a mistake of ours is none of the player's
+            self._log.exception("beacon.failed")
+            return beacon_answer(request, token, 204)
+        self._metrics.beacon(result)
+        self._log.debug("beacon", result=result)
+        return beacon_answer(request, token, 403 if result == "forged" else 204)
+
     async def _answer(self, request: web.BaseRequest, route: Route, rest: str) -> web.Response:
         began = perf_counter()
         received = asyncio.get_running_loop().time()
@@ -74,8 +117,7 @@ class Player:
             if self.in_flight > self._settings.max_in_flight:
                 response = AdResponse(empty(), new_request_id(), flags=("no_ad", "overload"))
             else:
-                trusted = self._settings.trusted_proxies
-                asked = ad_request(request, route.path, rest, trusted=trusted, received=received)
+                asked = self._read(request, route, rest, received)
                 response = await self._ads.answer(route, asked)
         except Exception:  # noqa: BLE001 - the player gets an empty VAST, whatever it was
             response = AdResponse(empty(), new_request_id(), flags=("no_ad", "internal_error"))
@@ -83,6 +125,10 @@ class Player:
         finally:
             self.in_flight -= 1
         took = perf_counter() - began
+        self._metrics.answered(route.path, _outcome(response), response.ads, took)
+        for each in response.flags:
+            if each in REFUSALS:
+                self._metrics.capped(route.path, *REFUSALS[each])
         self._log.info(
             "request",
             request_id=response.request_id,
@@ -91,11 +137,31 @@ class Player:
             ads=response.ads,
             hops=response.hops,
             flags=response.flags,
+            **({"refused": response.refused} if response.refused else {}),
             status=200,
             bytes=len(response.body),
             ms=round(took * 1000, 1),
         )
         return answered(request, response, took)
 
+    def _read(
+        self, request: web.BaseRequest, route: Route, rest: str, received: float
+    ) -> AdRequest:
+        """Read what the flow needs; where the player reached us, only beacons need."""
+        settings = self._settings
+        asked = ad_request(
+            request, route.path, rest, trusted=settings.trusted_proxies, received=received
+        )
+        if not route.terms:
+            return asked
+        base = settings.public_url or public_base(request, settings.trusted_proxies)
+        return replace(asked, base=base)
+
     def __repr__(self) -> str:
         return f"<Player in flight: {self.in_flight}>"
+
+
+def _outcome(response: AdResponse) -> Outcome:
+    if response.ads:
+        return "ad"
+    return "error" if "internal_error" in response.flags else "no_ad"

@@ -1,0 +1,39 @@
+"""What caps, budgets and kept cookies need, the same for all ad requests of a proxy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vastproxy.flow.admission import Admission, Terms
+from vastproxy.flow.beacons import Beacons
+from vastproxy.flow.leases import Leases
+from vastproxy.session.seals import ViewerNames
+from vastproxy.session.viewer_cookies import ViewerCookies
+from vastproxy.state.base import Account
+from vastproxy.state.guard import GuardedState
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """The state, and who speaks to it. *now* gives Unix seconds."""
+
+    state: GuardedState
+    beacons: Beacons
+    leases: Leases
+    names: ViewerNames
+    is_public_suffix: Callable[[str], bool]
+    now: Callable[[], float]
+
+    def admission(self, terms: Terms, viewer: str) -> Admission:
+        """Begin to decide on the ads for the viewer with the id *viewer*, empty for nobody."""
+        name = self.names.name(viewer)
+        return Admission(terms, name, self.state, self.leases, lambda: int(self.now() * 1000))
+
+    def cookies(self, viewer: str, ttl: float) -> ViewerCookies | None:
+        """Give the kept cookies of *viewer*, which live for *ttl* seconds; None for nobody."""
+        if not viewer or not ttl:
+            return None
+        account = Account("viewer", self.names.name(viewer))
+        return ViewerCookies(self.state, account, self.is_public_suffix, ttl=ttl, now=self.now)
+
+    def __repr__(self) -> str:
+        return f"<Accounting {self.state!r}>"

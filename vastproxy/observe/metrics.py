@@ -1,0 +1,191 @@
+"""
+Numbers for Prometheus, and for whoever uses the library alone.
+
+Rule 1: importing this module makes no metric. A :class:`RequestMetrics` has a registry of its own.
+Rule 2: labels come from the configuration, never from a request: a label of a viewer's choice
+would grow without bound.
+Rule 3: what an ad request costs here is a few microseconds: the children of labels are kept.
+
+In several processes prometheus-client writes every value to a file of shared memory. Who sets
+``PROMETHEUS_MULTIPROC_DIR`` does it before this module is imported, and has one object of
+:class:`RequestMetrics` per process: two would write over each other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Final, Literal, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+Outcome = Literal["ad", "no_ad", "error"]
+"""``error``: a mistake in the proxy; the player got an empty VAST."""
+BeaconResult = Literal["counted", "late", "again", "forged", "deferred"]
+
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0)
+"""Bounds of the histogram: prometheus-client's, and more around deadlines, which are 1 to 3 s."""
+
+DIRECTORY: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable that prometheus-client looks at when it is imported."""
+
+
+class Asks(Protocol):
+    """What is asked for an ad: a session."""
+
+    async def request(self) -> str:
+        """Give the answer as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OfRoute:
+    """The counters of one route, which need not be looked up again."""
+
+    requests: dict[str, Callable[[], None]]
+    ads: Callable[[float], None]
+
+
+class RequestMetrics:
+    """
+    Counts ad requests, ads, caps, beacons and the health of the state.
+
+    *registry* is where the metrics are found; None makes one.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self._total = self._failed = self._capped_requests = 0
+        self._latency = 0.0
+        self._routes: dict[str, _OfRoute] = {}
+        self._children: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
+        self._requests = self._counter("requests", "Ad requests.", "route", "outcome")
+        self._seconds = Histogram(
+            "vastproxy_request_seconds",
+            "Seconds from an ad request to its answer.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._ads = self._counter("ads", "Ads in answers.", "route")
+        self._capped = self._counter(
+            "capped", "Ads that a cap or a budget had no room for.", "route", "kind", "mode"
+        )
+        self._beacons = self._counter("beacons", "Impressions told to the proxy.", "result")
+        self._state_errors = self._counter("state_errors", "Failed calls of the state backend.")
+        self._state_up = self._gauge(
+            "state_up", "1 if the state backend answers, of the worst process.", "livemin"
+        )
+        self._journal = self._gauge(
+            "journal_pending", "Confirmations that wait for the state backend.", "livesum"
+        )
+        self._state_up.set(1)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"vastproxy_{name}_total", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, mode: Literal["livemin", "livesum"]) -> Gauge:
+        return Gauge(f"vastproxy_{name}", text, multiprocess_mode=mode, registry=self.registry)
+
+    # --- What the proxy tells -------------------------------------------------------------------
+
+    def answered(self, route: str, outcome: Outcome, ads: int, seconds: float) -> None:
+        """Count an ad request of *route* that was answered with *ads* in *seconds*."""
+        self._total += 1
+        self._failed += outcome == "error"
+        self._latency += seconds
+        known = self._routes.get(route) or self._route(route)
+        known.requests[outcome]()
+        if ads:
+            known.ads(ads)
+        self._seconds.observe(seconds)
+
+    def _route(self, route: str) -> _OfRoute:
+        outcomes: tuple[Outcome, ...] = ("ad", "no_ad", "error")
+        requests: dict[str, Callable[[], None]] = {
+            each: self._requests.labels(route, each).inc for each in outcomes
+        }
+        return self._routes.setdefault(route, _OfRoute(requests, self._ads.labels(route).inc))
+
+    def capped(self, route: str, kind: Literal["cap", "budget"], mode: str) -> None:
+        """Count an ad of *route* without room; *mode* says what was done: ``skip``, ``serve``."""
+        self._capped_requests += 1
+        self._child(self._capped, route, kind, mode).inc()
+
+    def beacon(self, result: BeaconResult) -> None:
+        """Count a beacon by what came of it."""
+        self._child(self._beacons, result).inc()
+
+    def state_error(self) -> None:
+        """Count a call that the state backend failed."""
+        self._state_errors.inc()
+
+    def state_up(self, *, up: bool) -> None:
+        """Say whether the state backend answers."""
+        self._state_up.set(up)
+
+    def journal_pending(self, number: int) -> None:
+        """Say how many confirmations wait."""
+        self._journal.set(number)
+
+    def _child(self, counter: Counter, *labels: str) -> Counter:
+        key = counter, labels
+        found = self._children.get(key)
+        if found is None:
+            found = self._children[key] = counter.labels(*labels)
+        return found
+
+    # --- The library's face ---------------------------------------------------------------------
+
+    async def track_request(self, session: Asks, route: str = "") -> str:
+        """Ask *session*, count it and its time under *route*, and give what it answers."""
+        began = perf_counter()
+        outcome: Outcome = "error"
+        try:
+            answer = await session.request()
+            outcome = "ad" if answer else "no_ad"
+        finally:
+            self.answered(route, outcome, int(outcome == "ad"), perf_counter() - began)
+        return answer
+
+    def get_stats(self) -> dict[str, float]:
+        """Give what this object counted: numbers of requests, their rate, and seconds."""
+        total = self._total
+        success = total - self._failed
+        return {
+            "total": total,
+            "success": success,
+            "failed": self._failed,
+            "capped": self._capped_requests,
+            "success_rate": success / total if total else 0.0,
+            "avg_latency": self._latency / total if total else 0.0,
+        }
+
+    def text(self) -> bytes:
+        """Write the metrics of this process in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def __repr__(self) -> str:
+        return f"<RequestMetrics {self._total} requests, {self._failed} failed>"
+
+
+def count_as(number: int) -> None:
+    """
+    Let this process be *number* among those that share a directory, in place of its pid.
+
+    Who takes a dead process's place goes on with its files, so they do not become ever more. No
+    two living processes may have one number. Called before the first metric is made.
+    """
+    # As prometheus-client's documentation does it for uWSGI's worker ids.
+    value_class: Any = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
+    values.ValueClass = value_class
+
+
+def forget_process(number: int, directory: str) -> None:
+    """Take the gauges of the dead process *number* out of *directory*; its counts stay."""
+    mark_process_dead(number, directory)  # type: ignore[no-untyped-call]
+
+
+def summed(directory: str) -> bytes:
+    """Write the metrics of all processes that share *directory* in Prometheus' text format."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
