@@ -46,7 +46,7 @@ def test_help_names_every_command() -> None:
 
     assert (0, b"") == (ended.returncode, ended.stderr)
     assert ended.stdout.startswith(b"Usage: ")
-    assert {"serve", "check", "resolve", "schema", "demo"} == set(main.commands)
+    assert {"serve", "check", "migrate", "resolve", "schema", "demo"} == set(main.commands)
     assert all(f"\n  {name}  ".encode() in ended.stdout for name in main.commands)
 
 
@@ -94,6 +94,62 @@ def test_check_is_content() -> None:
 
     assert (0, b"") == (ended.returncode, ended.stderr)
     assert b"config.yaml: all is well (2 routes, 2 upstreams)\n" == ended.stdout
+
+
+def test_workers_need_a_state_to_share(tmp_path: Path) -> None:
+    """Several workers with memory:// are refused, with what to write instead."""
+    ended = run_vastproxy("check", "-c", a_stateful_file(tmp_path, "memory://", workers=2))
+
+    assert 1 == ended.returncode
+    assert b"2 workers cannot share memory:// (write workers: 1, or a state" in ended.stderr
+
+
+def a_stateful_file(directory: Path, state: str, workers: int = 1) -> str:
+    """Write a small configuration with *state*, and give its path."""
+    config = {
+        "server": {"listen": "127.0.0.1:0", "admin": None, "workers": workers},
+        "state": state,
+        "upstreams": {"a": {"endpoint": "http://127.0.0.1:9/"}},
+        "routes": [{"path": "/a", "upstreams": "a"}],
+    }
+    path = directory / "stateful.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_migrate_brings_tables_up_to_date(tmp_path: Path) -> None:
+    """A new database gets its tables, and the second time there is nothing to do."""
+    path = a_stateful_file(tmp_path, f"sqlite:///{tmp_path}/state.db")
+
+    first, second = run_vastproxy("migrate", "-c", path), run_vastproxy("migrate", "-c", path)
+
+    assert (0, b"") == (first.returncode, first.stderr)
+    assert b"was brought from nothing to 0001\n" in first.stdout
+    assert (0, b"") == (second.returncode, second.stderr)
+    assert b"is up to date (0001)\n" in second.stdout
+
+
+def test_migrate_of_what_has_no_tables(tmp_path: Path) -> None:
+    """Memory and Redis have no tables; that is no mistake."""
+    ended = run_vastproxy("migrate", "-c", a_stateful_file(tmp_path, "memory://"))
+
+    assert (0, b"memory:// has no tables: nothing to do\n") == (ended.returncode, ended.stdout)
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_state_that_cannot_be_used(command: str, workers: int, tmp_path: Path) -> None:
+    """A database that is none ends the start with code 1 and one line that says so."""
+    (tmp_path / "state.db").write_bytes(
+        b"this is no database, but long enough to be looked at" * 99
+    )
+    path = a_stateful_file(tmp_path, f"sqlite:///{tmp_path}/state.db", workers)
+
+    ended = run_vastproxy(command, "-c", path)
+
+    assert 1 == ended.returncode
+    assert b"Traceback" not in ended.stderr
+    assert b"state.db" in ended.stderr
 
 
 @pytest.mark.parametrize("command", ["check", "serve", "demo"])

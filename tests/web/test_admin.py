@@ -34,3 +34,22 @@ async def test_nothing_else_is_there(aiohttp_client: AiohttpClient) -> None:
 
     assert 404 == (await client.get("/")).status
     assert 405 == (await client.post("/readyz")).status
+
+
+async def test_workers_are_counted(aiohttp_client: AiohttpClient) -> None:
+    """With several processes readiness says how many there are."""
+    workers = {"wanted": 4, "ready": 3}
+    client = await aiohttp_client(admin_app(lambda: True, workers=lambda: workers))
+
+    expected = {"status": "ready", "workers": workers}
+    assert expected == await (await client.get("/readyz")).json()
+
+
+async def test_metrics(aiohttp_client: AiohttpClient) -> None:
+    """Metrics are written in Prometheus' text format each time they are asked for."""
+    texts = iter([b"a 1\n", b"a 2\n"])
+    client = await aiohttp_client(admin_app(lambda: True, metrics=lambda: next(texts)))
+
+    first, second = await client.get("/metrics"), await client.get("/metrics")
+    assert [b"a 1\n", b"a 2\n"] == [await first.read(), await second.read()]
+    assert "text/plain" == first.content_type
