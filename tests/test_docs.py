@@ -79,13 +79,14 @@ def links() -> list[tuple[Path, str]]:
     ]
 
 
-def code_blocks() -> list[tuple[str, int, str]]:
-    """Collect the blocks marked python, with their page and line."""
-    return [
-        (page.name, text.count("\n", 0, match.start()) + 1, match[1])
-        for page, text in TEXTS.items()
-        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    ]
+def programs() -> dict[str, list[tuple[int, str]]]:
+    """Collect the blocks marked python, with their lines; those of a page are one program."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for page, text in TEXTS.items():
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start()) + 1
+            found.setdefault(page.name, []).append((line, match[1]))
+    return found
 
 
 def test_words_are_found() -> None:
@@ -152,14 +153,13 @@ def test_link_leads_somewhere(page: Path, link: str) -> None:
     assert not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    ("page", "line", "code"), code_blocks(), ids=[f"{page}-{at}" for page, at, _ in code_blocks()]
-)
-def test_code_runs(page: str, line: int, code: str) -> None:
-    """A block of Python in the documentation runs as it is written."""
-    # As many empty lines before it as the page has: a traceback then names the page's line.
-    program = compile("\n" * line + code, page, "exec")
+@pytest.mark.parametrize(("page", "blocks"), programs().items(), ids=programs().keys())
+def test_code_runs(page: str, blocks: list[tuple[int, str]]) -> None:
+    """The blocks of Python of a page run as they are written, one after the other."""
     space = {"__name__": "__main__"}
-    exec(program, space)  # noqa: S102 - it is our own documentation
+    for line, code in blocks:
+        # As many empty lines before it as the page has: a traceback then names the page's line.
+        program = compile("\n" * line + code, page, "exec")
+        exec(program, space)  # noqa: S102 - it is our own documentation
 
     assert "__builtins__" in space

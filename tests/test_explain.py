@@ -219,6 +219,7 @@ async def test_document_is_printed_alone(
 ) -> None:
     """As a document, the answer and a line break are all of standard output."""
     answer = await explained(server)
+    capsysbinary.readouterr()  # the log, which nobody has set up here
     print_answer(answer, "vast")
 
     assert (answer.body + b"\n", b"") == capsysbinary.readouterr()
@@ -229,6 +230,7 @@ async def test_reason_is_printed_beside(
 ) -> None:
     """Where there is no ad, the reason goes to standard error."""
     answer = await explained(server, "/none")
+    capsysbinary.readouterr()  # the log, which nobody has set up here
     print_answer(answer, "vast")
     out, err = capsysbinary.readouterr()
 

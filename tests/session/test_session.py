@@ -266,6 +266,28 @@ async def test_crowd_does_not_pass_a_cap() -> None:
     assert not await watched(state, 3)
 
 
+async def test_refused_place_is_not_counted() -> None:
+    """Who serves something else where the cap is full has not taken a place of it."""
+    state = InMemoryBackend()
+    await watched(state, 1)
+    async with await opened(state) as session:
+        assert not await session.check_frequency_cap("me", 1)
+        await session.request()
+
+    assert await watched(state, 2)
+
+
+async def test_ad_pays_for_one_place_only() -> None:
+    """An ad that was settled does not count for what is taken after it."""
+    state = InMemoryBackend()
+    async with await opened(state) as session:
+        await session.request()
+        await session.settle()
+        assert await session.check_frequency_cap("me", 1)
+
+    assert await watched(state, 1)
+
+
 async def test_place_is_given_back_without_an_ad() -> None:
     """What a session takes and does not use is free again when it is closed."""
     state = InMemoryBackend()
@@ -512,6 +534,7 @@ async def test_cancelled_session_gives_back_what_it_took() -> None:
     taken = asyncio.Event()
 
     async def ask() -> None:
+        """Take a place, and stay."""
         async with await opened(state) as session:
             await session.check_frequency_cap("me", 1)
             taken.set()

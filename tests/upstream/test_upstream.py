@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
@@ -23,6 +24,7 @@ from vastproxy.model import AdRequest, Device, FrozenMapping, Query
 from vastproxy.observe.trace import Exchange
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Fetched, Request, VastSession
+from vastproxy.state.memory import InMemoryBackend
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.upstream import MAX_REDIRECTS, UpstreamSettings, VastUpstream
@@ -67,11 +69,11 @@ def a_session(
     upstream: VastUpstream, ad_request: AdRequest | None = None, **facts: Any
 ) -> VastSession:
     """Open a session with fixed ids at *upstream*; *facts* are what routing found out."""
-    factory = SessionFactory(lambda _: False, now=lambda: NOW)
+    factory = SessionFactory(is_public_suffix=lambda _: False, now=lambda: NOW)
     cookies = facts.pop("cookies", None)
     context = factory.context(request_id="r1", correlator="77", cookies=cookies)
     request = Request(ad_request or AdRequest("/"), **facts)
-    return factory.create_session(context, upstream, request=request)
+    return factory.open_session(context, upstream, request=request)
 
 
 def entry(upstream: VastUpstream, ad_request: AdRequest | None = None, **facts: Any) -> str:
@@ -519,3 +521,73 @@ async def test_players_cookies_go_to_the_endpoint(server: AdServer, make: Make) 
 
     assert {"uid": "me"} == server.seen("/a")[0].cookies
     assert {} == server.seen("/b")[0].cookies
+
+
+# --- Without a configuration --------------------------------------------------------------------
+
+
+async def test_opened_upstream_is_asked_like_any_other(server: AdServer) -> None:
+    """What is opened from a URL has parameters, headers, a name, and sessions that count."""
+    server.replies["/vast"] = b'<VAST version="4.2"/>'
+    state = InMemoryBackend()
+    async with VastUpstream.open(
+        server.url("/vast?own=1"),
+        name="exchange",
+        params={"slot": "pre", "v": "{viewer}"},
+        headers={"X-Key": "secret"},
+    ) as upstream:
+        context = SessionFactory().context(correlator="77", cookies={"uid": "me"})
+        async with await upstream.create_session(context, state_backend=state) as session:
+            await session.request(params={"more": "a b"})
+            await session.track_budget("spring", 1)
+    (received,) = server.requests
+
+    assert received.target.startswith("/vast?own=1&slot=pre&v=me&more=a%20b&correlator=77&timest")
+    assert "secret" == received.header("X-Key")
+    assert {"uid": "me"} == received.cookies
+    assert 1 == await state.get_spend("budget:spring")
+    assert "exchange" == upstream.name
+
+
+async def test_opened_upstream_has_a_limit_and_an_end(server: AdServer) -> None:
+    """Its time-out holds, and leaving it closes its client."""
+    server.replies["/slow"] = Reply(delay=30)
+    async with VastUpstream.open(server.url("/slow"), timeout=0.1) as upstream:
+        session = await upstream.create_session(SessionFactory().context())
+        with pytest.raises(UpstreamTimeoutError, match=r"in 0\.1 s"):
+            await session.request()
+
+    assert "<AiohttpClient closed>" == repr(upstream.client)
+
+
+@pytest.mark.parametrize(
+    ("allow", "reached"), [((), False), (("127.0.0.1",), True), (("127.0.0.0/8",), True)]
+)
+async def test_opened_upstream_guards_its_hops(
+    server: AdServer, allow: tuple[str, ...], *, reached: bool
+) -> None:
+    """Its endpoint may be anywhere; where that leads to may be private only if it is said."""
+    server.replies |= {"/in": Reply(status=302, headers=(("Location", "/end"),)), "/end": b"<x/>"}
+    async with VastUpstream.open(server.url("/in"), egress_allow=allow) as upstream:
+        session = await upstream.create_session(SessionFactory().context())
+        with nullcontext() if reached else pytest.raises(EgressBlockedError):
+            await session.request()
+
+    assert reached == bool(server.seen("/end"))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "more"),
+    [
+        ("ads.example/vast", {}),
+        ("http://ads.example/{what}", {}),
+        ("http://u:p@ads.example/", {}),
+        ("http://ads.example/", {"params": {"a": "{b"}}),
+        ("http://ads.example/", {"egress_allow": ["here"]}),
+    ],
+)
+async def test_what_cannot_be_asked_is_not_opened(endpoint: str, more: Any) -> None:
+    """An endpoint, a parameter or a network that is none is told before anything is asked."""
+    with pytest.raises(ValueError, match=r"write|begin|double|closed|header"):
+        async with VastUpstream.open(endpoint, **more):
+            pass

@@ -140,8 +140,9 @@ class Admission:
 
     async def _reserve_entry(self, caps: Sequence[Cap]) -> bool:
         wanted = self._viewer_claims(caps)
-        if self._entry is not None and wanted == self._entry_claims:
-            return True
+        if wanted and wanted == self._entry_claims:
+            # The same room for the next upstream; or none, and asking again gives no more.
+            return self._entry is not None
         if self._entry is not None:
             await self._reservations.release(self._entry.own)
         self._entry_claims = wanted

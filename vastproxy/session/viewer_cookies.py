@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from vastproxy.session.cookies import Cookie, CookieJar
-from vastproxy.state.base import Account
+from vastproxy.state.base import MAX_ITEM_BYTES, Account
 
 
 class Items(Protocol):
@@ -64,7 +64,12 @@ class ViewerCookies:
 
     def changes(self) -> dict[str, str | None]:
         """Give what has to be written: new and changed cookies, and None for those that went."""
-        after = dict(map(_item, self.jar))
+        # One that is larger than all may be together would drive the others out, and then itself.
+        after = {
+            name: value
+            for name, value in map(_item, self.jar)
+            if len(name) + len(value) <= MAX_ITEM_BYTES
+        }
         changed: dict[str, str | None] = {
             name: value for name, value in after.items() if self._before.get(name) != value
         }

@@ -7,8 +7,8 @@ The headers say the same as ``[DEVICEIP]`` and ``[DEVICEUA]``, as the specificat
 import re
 from typing import Literal
 
-from vastproxy import __version__
 from vastproxy.model import Device
+from vastproxy.version import __version__
 
 PROXY_USER_AGENT = f"vastproxy/{__version__}"
 
