@@ -1037,11 +1037,39 @@ WRONG_HOLDS: dict[str, dict[str, object]] = {
     "one key twice": {"claims": (Claim("a"), Claim("a"))},
     "negative": {"claims": (Claim("a", -1),)},
     "too much": {"claims": (Claim("a", MAX_AMOUNT + 1),)},
+    "window of a campaign": {
+        "account": Account("campaign", "wrong"),
+        "claims": (replace(money(1), window=Window("fixed", HOUR)),),
+    },
+    "window of no length": {"claims": (Claim("a", window=Window("rolling", 0)),)},
+    "calendar without periods": {"claims": (Claim("a", window=Window("calendar")),)},
     "another counter of a campaign": {
         "account": Account("campaign", "wrong"),
         "claims": (Claim("ads"),),
     },
 }
+
+
+async def test_wrong_hold_undoes_its_call(backend: StateBackend, clock: Clock) -> None:
+    """A wrong hold late in a call keeps those before it from happening."""
+    viewer = a_viewer()
+    del clock
+
+    for call in (backend.reserve, backend.confirm, backend.void):
+        with pytest.raises(StateBackendError):
+            await call([a_hold(viewer), a_hold(viewer, Claim("ads", -1))])
+
+    assert not await backend.forget(viewer)
+
+
+async def test_no_amount_leaves_no_campaign(backend: StateBackend, clock: Clock) -> None:
+    """What is no amount of money is a ValueError, and nothing is kept of it."""
+    campaign = a_campaign()
+    del clock
+
+    with pytest.raises(ValueError, match="no amount"):
+        await backend.add_spend(f"budget:{campaign.name}", "much")
+    assert not await backend.forget(campaign)
 
 
 @pytest.mark.parametrize("wrong", WRONG_HOLDS.values(), ids=WRONG_HOLDS)

@@ -19,6 +19,7 @@ from tests.support.postgres import Postgres, postgres_server
 from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.state import database as module
 from vastproxy.state import migrate as migrations
+from vastproxy.state import transactions
 from vastproxy.state.base import Account, Claim, Hold, Level, StateBackend, Window, money
 from vastproxy.state.database import DatabaseBackend
 
@@ -75,7 +76,7 @@ async def backends(url: str, count: int) -> AsyncIterator[list[DatabaseBackend]]
 
 async def answer(backend: DatabaseBackend, statement: str) -> int:
     """Give the number that *statement* finds, apart from all calls."""
-    async with backend._engine.begin() as connection:
+    async with backend._transactions.engine.begin() as connection:
         return int((await connection.execute(text(statement))).scalar_one() or 0)
 
 
@@ -172,7 +173,7 @@ async def test_number_of_statements_does_not_grow(
         statements.append(statement)
 
     async with backends(url, 1) as (backend,):
-        event.listen(backend._engine.sync_engine, "before_cursor_execute", _count)
+        event.listen(backend._transactions.engine.sync_engine, "before_cursor_execute", _count)
         numbers = []
         for size in (20, 200):
             for each in accounts:
@@ -214,7 +215,7 @@ async def test_cancelled_calls_neither_lose_nor_double(url: str) -> None:
 
         assert 400 == await spent(pair[0]) == await in_the_ledger(pair[0])
         assert 0 == await answer(pair[0], "SELECT reserved FROM budget_tracking")
-        assert [0, 0] == [each._engine.pool.checkedout() for each in pair]  # type: ignore[attr-defined]
+        assert [0, 0] == [each._transactions.engine.pool.checkedout() for each in pair]  # type: ignore[attr-defined]
 
 
 async def test_stopped_server_costs_the_caller_no_more_than_it_waits(server: Postgres) -> None:
@@ -247,11 +248,11 @@ async def test_connections_in_use_are_waited_for_only_so_long(
     server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all connections hang, further calls are told so instead of piling up."""
-    monkeypatch.setattr(module, "QUEUE_WITHIN", 0.05)
+    monkeypatch.setattr(transactions, "QUEUE_WITHIN", 0.05)
     async with backends(server.new_database(), 1) as (backend,):
         server.pause()
         try:
-            calls = [backend.get_count("x") for _ in range(module.CONNECTIONS + 1)]
+            calls = [backend.get_count("x") for _ in range(transactions.CONNECTIONS + 1)]
             found = await asyncio.gather(*calls, return_exceptions=True)
         finally:
             server.resume()
@@ -264,7 +265,7 @@ async def test_closing_tells_who_still_waits(
     server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that is under way when the backend is closed fails as one whose outcome is open."""
-    monkeypatch.setattr(module, "CLOSE_WITHIN", 0.01)
+    monkeypatch.setattr(transactions, "CLOSE_WITHIN", 0.01)
     async with backends(server.new_database(), 1) as (backend,):
         server.pause()
         try:
@@ -276,6 +277,44 @@ async def test_closing_tells_who_still_waits(
             server.resume()
 
     assert "closed meanwhile" in call.result()
+
+
+async def test_closed_backend_asks_nothing(url: str) -> None:
+    """Who comes after the end is told so, and opens no connection that nobody would close."""
+    async with backends(url, 1) as (backend,):
+        await backend.close()
+        with pytest.raises(StateAwayError, match="closed"):
+            await backend.get_count("x")
+
+        assert 0 == backend._transactions.engine.pool.checkedin()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_everybody_is_told_when_it_closes(
+    url: str, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """Also who comes at the very moment when what is under way is broken off."""
+    monkeypatch.setattr(transactions, "CLOSE_WITHIN", 0)
+    async with backends(url, 1) as (backend,):
+        calls = [_outcome(backend, turn) for turn in range(8) for _ in range(3)]
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            made = [group.create_task(each) for each in calls]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await backend.close()
+
+    assert {0, "closed"} >= {each.result() for each in made}
+    assert "closed" == made[-1].result()
+
+
+async def _outcome(backend: DatabaseBackend, turns: int) -> int | str:
+    """Call after so many *turns* of the event loop; give what came of it."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    try:
+        return await backend.get_count("x")
+    except StateAwayError as error:
+        return "closed" if "closed" in str(error) else str(error)
 
 
 async def _error_of(backend: DatabaseBackend) -> str:
@@ -358,7 +397,7 @@ async def test_locked_file_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 async def test_wrong_table_is_no_outage(url: str) -> None:
     """What waiting cannot mend is refused, not away."""
     async with backends(url, 1) as (backend,):
-        async with backend._engine.begin() as connection:
+        async with backend._transactions.engine.begin() as connection:
             await connection.execute(text("DROP TABLE viewer_items"))
         with pytest.raises(StateBackendError, match="viewer_items") as caught:
             await backend.read_items(Account("viewer", "v"))
@@ -371,10 +410,14 @@ async def test_name_that_is_no_text_is_refused(url: str) -> None:
     async with backends(url, 1) as (backend,):
         with pytest.raises(StateBackendError):
             await backend.increment("half \ud83d")
-        with pytest.raises(StateBackendError):
-            await backend.write_items(Account("viewer", "v"), {"half": "\ud83d"}, 1)
 
-        assert {} == await backend.read_items(Account("viewer", "v"))
+
+async def test_item_that_is_no_text_is_kept(url: str) -> None:
+    """Half a character in a value comes out as it went in."""
+    async with backends(url, 1) as (backend,):
+        await backend.write_items(Account("viewer", "v"), {"half": "\ud83d"}, 1)
+
+        assert {"half": "\ud83d"} == await backend.read_items(Account("viewer", "v"))
 
 
 async def test_keys_are_those_of_the_account(url: str) -> None:
@@ -394,8 +437,9 @@ async def test_window_of_money_is_refused(url: str) -> None:
     hold = Hold(SPRING, "day", (replace(money(1), window=Window("fixed", 1000)),))
 
     async with backends(url, 1) as (backend,):
-        with pytest.raises(StateBackendError, match="lifetime"):
-            await backend.reserve([hold])
+        for call in (backend.reserve, backend.confirm, backend.void):
+            with pytest.raises(StateBackendError, match="leave the window out"):
+                await call([hold])
 
 
 # --- What is kept -----------------------------------------------------------------------------

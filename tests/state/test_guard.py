@@ -176,6 +176,7 @@ async def test_who_waits_together_is_told_together() -> None:
     failures = []
 
     async def ask(state: GuardedState, at: int) -> None:
+        """Reserve, and remember what came of it."""
         try:
             await state.reserve([a_hold(f"o{at}")])
         except StateAwayError as error:
@@ -199,8 +200,10 @@ async def test_busy_loop_is_no_absence() -> None:
         backend.gate.clear()
 
         async def block() -> None:
+            """Block everything, and let the backend answer then."""
             await turns()
             time.sleep(0.2)  # noqa: ASYNC251 - a loop that is blocked is the point
+            await turns(3)
             backend.gate.set()
 
         async with asyncio.TaskGroup() as group:
@@ -209,6 +212,54 @@ async def test_busy_loop_is_no_absence() -> None:
 
         assert [Verdict(granted=True)] == asked.result()
         assert state.available
+
+
+async def spin(seconds: float) -> None:
+    """Work for *seconds*, in small pieces, as many requests at once do."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        piece = time.monotonic() + 0.002
+        while time.monotonic() < piece:
+            pass
+        await asyncio.sleep(0)
+
+
+async def test_hard_work_is_no_absence() -> None:
+    """While the process works all the time, an answer that has to wait for it is not late."""
+    backend = Scripted()
+    async with guarded(backend, timeout=0.05) as state:
+        backend.gate.clear()
+
+        async def work() -> None:
+            """Work, and let the backend answer then."""
+            await spin(0.25)
+            backend.gate.set()
+
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(state.reserve([a_hold()]))
+            group.create_task(work())
+
+        assert [Verdict(granted=True)] == asked.result()
+
+
+async def test_patience_ends() -> None:
+    """However hard the process works, a backend that does not answer is away in the end."""
+    backend = Scripted()
+    async with guarded(backend, timeout=0.01) as state:
+        backend.gate.clear()
+
+        async def ask() -> None:
+            """Wait for what does not come."""
+            with pytest.raises(StateAwayError):
+                await state.reserve([a_hold()])
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            asked = group.create_task(ask())
+            while not asked.done():
+                await spin(0.01)
+
+        assert not state.available
+        backend.gate.set()
 
 
 async def test_answers_no_is_no_absence() -> None:
@@ -367,6 +418,7 @@ async def test_end_keeps_nobody_waiting() -> None:
     backend = Scripted()
 
     async def ask(state: GuardedState) -> str:
+        """Reserve, and say what came of it."""
         try:
             await state.reserve([a_hold()])
         except StateAwayError as error:
@@ -376,13 +428,13 @@ async def test_end_keeps_nobody_waiting() -> None:
     async with asyncio.TaskGroup() as group:
         async with guarded(backend) as state:
             backend.gate.clear()
-            asked = group.create_task(ask(state))
+            under_way = group.create_task(ask(state))
             await turns()
-            backend.gate.set()
-            backend.gate.clear()
+            waits = group.create_task(ask(state))
+            await turns()
         backend.gate.set()
 
-    assert asked.result()
+    assert ["the call was broken off"] * 2 == [under_way.result(), waits.result()]
 
 
 # --- What was shown -----------------------------------------------------------------------------
@@ -431,6 +483,7 @@ async def test_answer_that_was_lost_counts_once() -> None:
     happened = asyncio.Event()
 
     async def confirm_slowly(holds: Sequence[Hold]) -> list[Booking]:
+        """Confirm at once, and say so much later."""
         bookings = await InMemoryBackend.confirm(backend, holds)
         happened.set()
         await asyncio.sleep(60)
@@ -511,9 +564,12 @@ async def test_two_settle_at_once() -> None:
     backend = Scripted()
     async with guarded(backend) as state:
         await state.journal.add([a_hold(f"{at}") for at in range(1200)])
+        backend.gate.clear()
         async with asyncio.TaskGroup() as group:
             for _ in range(5):
                 group.create_task(state.flush())
+            await turns()
+            backend.gate.set()
 
         assert [500, 500, 200] == backend.named("confirm")
         assert 1200 == await backend.spent()

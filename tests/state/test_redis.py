@@ -4,16 +4,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from tests.support.valkey import Cluster, Valkey, free_port, valkey_cluster, valkey_server
 from vastproxy.errors import StateAwayError, StateBackendError
-from vastproxy.state import redis as module
+from vastproxy.state import redis_node, redis_servers
 from vastproxy.state.base import Account, Claim, Hold, Level, Verdict, Window, money
-from vastproxy.state.redis import RedisBackend
+from vastproxy.state.redis import HOLDS, RedisBackend
 
 HOUR = Window("rolling", 3_600_000)
 VIEWER = Account("viewer", "ada")
@@ -207,7 +207,7 @@ async def _given_up(backend: RedisBackend, operation: str) -> bool:
 
 async def test_more_callers_than_connections_are_served(backend: RedisBackend) -> None:
     """Who finds no free connection waits for one, and is not refused."""
-    holds = [a_hold("one", Account("viewer", f"v{at}")) for at in range(module.CONNECTIONS * 4)]
+    holds = [a_hold("one", Account("viewer", f"v{at}")) for at in range(redis_node.CONNECTIONS * 4)]
     found = await asyncio.gather(*[backend.reserve([each]) for each in holds])
 
     assert [[Verdict(granted=True)]] * len(holds) == found
@@ -245,7 +245,7 @@ async def test_a_server_that_hangs_is_away_within_the_limit() -> None:
             server.cont()
 
     assert {StateAwayError} == {type(each) for each in ends}
-    assert took < (module.FREE_WITHIN + module.ANSWER_WITHIN) * 2
+    assert took < (redis_node.FREE_WITHIN + redis_node.ANSWER_WITHIN) * 2
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,8 @@ async def test_a_server_that_hangs_is_away_within_the_limit() -> None:
         (b"-OOM command not allowed\r\n", StateBackendError, "not allowed"),
         (b"-NOPERM no permissions\r\n", StateBackendError, "no permissions"),
         (b"-MOVED 42 127.0.0.1:1\r\n", StateBackendError, r"write `redis\+cluster://`"),
+        (b"-NOSCRIPT No matching script\r\n", StateBackendError, "No matching script"),
+        (b"-MOVED away\r\n", StateBackendError, "not enough values"),
         (b"+OK\r\n", StateBackendError, "answered with bytes"),
         (b"*1\r\n:7\r\n", StateBackendError, "answered with int"),
         (b"*2\r\n*1\r\n:1\r\n*1\r\n:1\r\n", StateBackendError, "answered with list"),
@@ -269,7 +271,7 @@ async def test_replies_that_are_none_are_errors_of_our_own(
     """What is over soon is an absence; what an operator must mend is not. Then all works."""
     async with meddler(server) as proxy, RedisBackend(proxy.url) as backend:
         await backend.ping()
-        proxy.instead += [reply] * module.HOPS
+        proxy.instead += [reply] * redis_servers.HOPS
         with pytest.raises(StateBackendError, match=told) as caught:
             await backend.reserve([a_hold("one")])
         proxy.instead.clear()
@@ -277,6 +279,28 @@ async def test_replies_that_are_none_are_errors_of_our_own(
 
     assert kind is caught.type
     assert [Verdict(granted=True)] == verdicts
+
+
+async def test_command_without_script_is_not_sent_as_one(server: Valkey) -> None:
+    """A server that misses a script where none was named is told of, and not asked again."""
+    async with meddler(server) as proxy, RedisBackend(proxy.url) as backend:
+        proxy.instead.append(b"-NOSCRIPT No matching script\r\n")
+        with pytest.raises(StateBackendError, match="No matching script"):
+            await backend.keys(VIEWER)
+
+        assert [] == await backend.keys(VIEWER)
+
+
+async def test_window_of_money_is_refused(server: Valkey, backend: RedisBackend) -> None:
+    """A campaign's money has no window, and nothing is changed for the holds beside it."""
+    fine = Hold(Account("campaign", "fine"), "one", (money(1),))
+    spring = Account("campaign", "spring")
+    wrong = Hold(spring, "one", (replace(money(1), window=HOUR),))
+    for call in (backend.reserve, backend.confirm, backend.void):
+        with pytest.raises(StateBackendError, match="lifetime"):
+            await call([fine, wrong])
+
+    assert [] == server.call("KEYS", "*")
 
 
 async def test_no_password_is_told() -> None:
@@ -319,12 +343,28 @@ async def test_a_server_that_repeats_the_password_is_not_quoted(server: Valkey) 
         ("redis://127.0.0.1:port", "write `redis://host:6379/0`"),
         ("redis://127.0.0.1?colour=red", "colour"),
         ("redis+cluster://127.0.0.1/3", "no numbered databases"),
+        ("unix+cluster:///run/redis.sock", r"'unix\+cluster' is no Redis"),
+        ("redis://127.0.0.1?socket_timeout=0", "seconds above 0"),
+        ("redis://127.0.0.1?socket_timeout=fast", "socket_timeout"),
     ],
 )
 def test_a_wrong_url_is_refused_at_once(url: str, told: str) -> None:
     """What no connection can be made with is said before there is one."""
     with pytest.raises(StateBackendError, match=told):
         RedisBackend(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:open/sesame@h", "redis://:open\u2100sesame@h", "redis:/:open-sesame@h"],
+)
+def test_a_password_that_spoils_the_url_is_not_told(url: str) -> None:
+    """What stands before a slash looks like a port, and is a part of the password all the same."""
+    with pytest.raises(StateBackendError, match="write `redis://host:6379/0`") as caught:
+        RedisBackend(url)
+
+    assert "open" not in str(caught.value)
+    assert "sesame" not in str(caught.value)
 
 
 def test_a_prefix_with_a_brace_is_refused() -> None:
@@ -344,7 +384,7 @@ async def test_a_crowd_for_one_viewer_is_one_call(server: Valkey, backend: Redis
 
 async def test_what_is_said_of_holds_is_in_their_order(backend: RedisBackend) -> None:
     """Holds of several accounts, mixed, and more of one than a script takes."""
-    names = [f"v{at % 3}" for at in range(module.HOLDS * 3 + 30)]
+    names = [f"v{at % 3}" for at in range(HOLDS * 3 + 30)]
     holds = [a_hold(f"op{at}", Account("viewer", name)) for at, name in enumerate(names)]
     verdicts = await backend.reserve(holds)
     bookings = await backend.confirm([holds[4], holds[0], holds[50], holds[4]])

@@ -246,10 +246,31 @@ def check_hold(hold: Hold) -> None:
     keys = [each.key for each in hold.claims]
     if not keys or len(set(keys)) < len(keys):
         raise StateBackendError(f"a hold needs claims, each with its own key: {keys}")
-    if hold.account.kind == "campaign" and keys != [MONEY_KEY]:
-        raise StateBackendError(f"a campaign has the counter {MONEY_KEY!r} only, not {keys}")
+    if hold.account.kind == "campaign":
+        _check_money(keys, hold.claims[0].window)
     if any(not 0 <= each.amount <= MAX_AMOUNT for each in hold.claims):
         raise StateBackendError("an amount is negative, or more than can be counted")
+    windows = [each.window for each in hold.claims]
+    if any(each.kind == "calendar" and not each.bounds for each in windows):
+        raise StateBackendError("a window of a calendar does not say when its periods begin")
+    if any(each.kind in {"rolling", "fixed"} and each.ms < 1 for each in windows):
+        raise StateBackendError("a window of no length holds nothing")
+
+
+def check_holds(holds: Sequence[Hold]) -> None:
+    """Check each of *holds* before anything is changed for the first of them."""
+    for each in holds:
+        check_hold(each)
+
+
+def _check_money(keys: list[str], window: Window) -> None:
+    if keys != [MONEY_KEY]:
+        raise StateBackendError(f"a campaign has the counter {MONEY_KEY!r} only, not {keys}")
+    if window.kind != "lifetime":
+        raise StateBackendError(
+            f"a campaign's money counts for its lifetime, not in a {window.kind} window"
+            " (leave the window out)"
+        )
 
 
 def money(amount: int, limit: int | None = None) -> Claim:

@@ -4,26 +4,19 @@ State in PostgreSQL, or in a file of SQLite.
 Rule 1: a call is one transaction, and says a number of statements that does not grow with its list.
 Rule 2: what is decided from what was read is decided under the locks of all its accounts, which
 are taken first, in one order. The arithmetic is that of :mod:`vastproxy.state.ledger`.
-Rule 3: a caller may give up at any moment: its transaction goes on to its end, for some seconds at
-most, on a connection that nobody else gets until then. So no lock and no connection is left over.
+Rule 3: a caller may give up at any moment, and its transaction goes on to its end: see
+:mod:`vastproxy.state.transactions`.
 Rule 4: what has been acknowledged survives the end of any process; of PostgreSQL (with its
 synchronous_commit) also the loss of power.
 """
 
-import asyncio
 import json
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Self, TypeVar
 
-from vastproxy.errors import StateAwayError, StateBackendError
-from vastproxy.observe.tasks import Tasks
 from vastproxy.state.base import (
-    MAX_ITEM_BYTES,
-    MAX_ITEMS,
     MONEY_KEY,
     Account,
     Booking,
@@ -32,34 +25,23 @@ from vastproxy.state.base import (
     Level,
     Verdict,
     campaign_of,
-    check_hold,
+    check_holds,
     micros,
     units,
 )
-from vastproxy.state.ledger import Counter, drawn, judged, kept, level, repeated
+from vastproxy.state.clock import steady_clock
+from vastproxy.state.items import with_changes
 
 # First of these: it says what to install where SQLAlchemy is missing.
-from vastproxy.state.migrate import (  # isort: split
-    check_standing,
-    mapped_errors,
-    migrate,
-    open_engine,
-    place_of,
-    standing,
-)
+from vastproxy.state.migrate import check_standing, migrate, place_of, standing  # isort: split
 
-from sqlalchemy import Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Executable
 
-from vastproxy.state.tables import COUNTED, HELD, VOID, statements
-
-CONNECTIONS = 5
-"""Of one process to PostgreSQL: transactions are short, and its default limit is 100."""
-
-QUEUE_WITHIN = 5.0
-"""Seconds that a call waits for one of them, as SQLite for its lock; callers have less patience."""
+from vastproxy.state.page import Page, account_of, compact, levels_of, operations_of
+from vastproxy.state.tables import Rows, statements
+from vastproxy.state.transactions import Transactions
 
 SWEEP_ROWS = 1_000
 """Rows that one statement of a sweep deletes at most, so that none holds locks for long."""
@@ -70,11 +52,7 @@ SWEEP_ACCOUNTS = 100
 SWEEP_ROUNDS = 20
 """Statements of one sweep over one table at most; the rest is for the next."""
 
-CLOSE_WITHIN = 3.0
-"""Seconds that calls which are under way get when the backend is closed."""
-
 T = TypeVar("T")
-Rows = Sequence[Row[Any]]
 
 
 class DatabaseBackend:
@@ -88,19 +66,9 @@ class DatabaseBackend:
     def __init__(self, url: str, *, clock: Callable[[], int] | None = None) -> None:
         self._url = url
         self._place = place_of(url)
-        is_postgres = self._place.is_postgres
-        self._clock = clock or (None if is_postgres else _steady_time())
-        # SQLite has one writer: who waits for it here is served in turn.
-        self._connections = CONNECTIONS if is_postgres else 1
-        self._slots = asyncio.Semaphore(self._connections)
-        self._engine = open_engine(self._place, connections=self._connections)
-        # One statement is a transaction by itself: that saves the two around it.
-        alone: dict[str, Any] = (
-            {"isolation_level": "AUTOCOMMIT"} if is_postgres else {"single_statement": True}
-        )
-        self._alone = self._engine.execution_options(**alone)
+        self._clock = clock or (None if self._place.is_postgres else steady_clock())
+        self._transactions = Transactions(self._place)
         self._says = statements(self._place.url.get_backend_name())
-        self._tasks = Tasks("database")
         self._is_ready = False
 
     # --- Plain counters -------------------------------------------------------------------------
@@ -136,7 +104,7 @@ class DatabaseBackend:
 
     async def reserve(self, holds: Sequence[Hold]) -> list[Verdict]:
         """Reserve each of *holds*, wholly or not at all."""
-        _check(holds)
+        check_holds(holds)
         if self._place.is_postgres and _is_simple(holds) and await self._reserve_money(holds):
             return [Verdict(granted=True) for _ in holds]
         return await self._changed(holds, lambda page: [page.reserve(each) for each in holds])
@@ -146,7 +114,7 @@ class DatabaseBackend:
         account = holds[0].account
         limits = [each.limit for hold in holds for each in hold.claims if each.limit is not None]
         rows = [
-            {"operation": each.operation, "ttl": each.ttl_ms, "amounts": _json(_amounts(each))}
+            {"operation": each.operation, "ttl": each.ttl_ms, "amounts": compact(_amounts(each))}
             for each in holds
         ]
         asked = {
@@ -154,35 +122,35 @@ class DatabaseBackend:
             "campaign": account.name,
             "total": sum(each.amount for hold in holds for each in hold.claims),
             "room": min(limits, default=2**63 - 1),
-            "rows": _json(rows),
+            "rows": compact(rows),
             "now": self._now(),
         }
 
         async def work() -> bool:
             try:
-                return bool((await self._alone_said(self._says.reserve_money, asked))[0][0])
+                return bool((await self._transactions.say(self._says.reserve_money, asked))[0][0])
             except IntegrityError:
                 # Somebody reserved under one of these ids while the row's lock was waited for.
                 return False
 
-        return await self._job(work)
+        return await self._transactions.job(work)
 
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
         """Count the claims of each of *holds*."""
-        _check(holds)
+        check_holds(holds)
         return await self._changed(holds, lambda page: [page.confirm(each) for each in holds])
 
     async def void(self, holds: Sequence[Hold]) -> None:
         """Release *holds*."""
-        _check(holds)
+        check_holds(holds)
 
-        def change(page: _Page) -> None:
+        def change(page: Page) -> None:
             for each in holds:
                 page.void(each)
 
         await self._changed(holds, change)
 
-    async def _changed(self, holds: Sequence[Hold], change: Callable[["_Page"], T]) -> T:
+    async def _changed(self, holds: Sequence[Hold], change: Callable[[Page], T]) -> T:
         """Make a *change* under the locks of the accounts of *holds*."""
         accounts = {each.account for each in holds}
 
@@ -192,7 +160,7 @@ class DatabaseBackend:
             await self._write(connection, page)
             return made
 
-        return await self._transact(work)
+        return await self._transactions.transact(work)
 
     async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
         """Tell what stands on the counters of *claims*."""
@@ -200,17 +168,9 @@ class DatabaseBackend:
         if account.kind == "campaign":
             rows = await self._ask(self._says.campaign_levels, campaign=account.name, **asked)
         else:
-            keys = _json([{"key": each.key} for each in claims])
+            keys = compact([{"key": each.key} for each in claims])
             rows = await self._ask(self._says.viewer_levels, rows=keys, **asked)
-        counters: dict[str, Counter] = {}
-        for row in rows:
-            counter = counters.setdefault(row.key, Counter())
-            counter.count += row.counted
-            counter.began += row.began
-            counter.held += row.held
-            counter.pieces |= _pieces(row.pieces)
-        now = rows[0].now if rows else 0
-        return [level(counters.get(each.key), each, now) for each in claims]
+        return levels_of(rows, claims)
 
     async def keys(self, account: Account) -> list[str]:
         """Give the keys of the counters of *account*."""
@@ -232,14 +192,14 @@ class DatabaseBackend:
                 removed += (await connection.execute(each, names)).rowcount
             return removed > 0
 
-        return await self._transact(work)
+        return await self._transactions.transact(work)
 
     # --- Small items ----------------------------------------------------------------------------
 
     async def read_items(self, account: Account) -> dict[str, str]:
         """Give the items of *account*."""
         rows = await self._ask(self._says.read_items, owner=str(account), now=self._now())
-        return _read_json(rows[0][0]) if rows else {}
+        return _items_of(rows[0][0]) if rows else {}
 
     async def write_items(
         self, account: Account, changes: Mapping[str, str | None], seconds: float
@@ -249,34 +209,34 @@ class DatabaseBackend:
         async def work(connection: AsyncConnection) -> None:
             asked = {"owner": str(account), "now": self._now()}
             row = (await connection.execute(self._says.lock_items, asked)).one()
-            items = _read_json(row[0]) if row.expires_at > row.now else {}
+            items = _items_of(row[0]) if row.expires_at > row.now else {}
             changed = {
                 "owner": str(account),
-                "changed": _json(_with_changes(items, changes)),
+                "changed": compact(with_changes(items, changes)),
                 "ends": row.now + int(seconds * 1000),
             }
             await connection.execute(self._says.put_items, changed)
 
-        await self._transact(work)
+        await self._transactions.transact(work)
 
     # --- One transaction ------------------------------------------------------------------------
 
     async def _read(
         self, connection: AsyncConnection, accounts: set[Account], holds: Sequence[Hold]
-    ) -> "_Page":
+    ) -> Page:
         """Lock *accounts*, and read what *holds* need of them."""
         now, budgets = await self._lock(connection, accounts)
-        page = _Page(now)
+        page = Page(now)
         for row in budgets:
             page.put_budget(row)
         lapsed, page.dropped = await self._take_lapsed(connection, accounts, now)
         operations = await connection.execute(
-            self._says.load_operations, {"rows": _json(_operations_of(holds))}
+            self._says.load_operations, {"rows": compact(operations_of(holds))}
         )
         for row in operations:
             page.put_operation(row)
         if keys := page.counters_of(holds, lapsed):
-            counters = await connection.execute(self._says.load_counters, {"rows": _json(keys)})
+            counters = await connection.execute(self._says.load_counters, {"rows": compact(keys)})
             for row in counters:
                 page.put_counter(row)
         page.reap(lapsed)
@@ -287,12 +247,12 @@ class DatabaseBackend:
         now = self._now()
         locks = sorted(_lock_of(each) for each in accounts if each.kind == "viewer")
         names = sorted(each.name for each in accounts if each.kind == "campaign")
-        locked: list[Row[Any]] = []
+        locked: list[Any] = []
         if locks and self._place.is_postgres:
-            asked = {"rows": _json([{"lock": each} for each in locks]), "now": now}
+            asked = {"rows": compact([{"lock": each} for each in locks]), "now": now}
             locked += await connection.execute(self._says.lock_viewers, asked)
         if names:
-            asked = {"rows": _json([{"campaign_id": each} for each in names]), "now": now}
+            asked = {"rows": compact([{"campaign_id": each} for each in names]), "now": now}
             locked += await connection.execute(self._says.lock_campaigns, asked)
         times = [row.now for row in locked]
         return max(times, default=now or 0), locked[len(locked) - len(names) :]
@@ -301,20 +261,20 @@ class DatabaseBackend:
         self, connection: AsyncConnection, accounts: set[Account], now: int
     ) -> tuple[Rows, int]:
         """Delete what lapsed of *accounts*; give what it held, and how many operations it was."""
-        asked = {"rows": _json([{"account": str(each)} for each in accounts]), "now": now}
+        asked = {"rows": compact([{"account": str(each)} for each in accounts]), "now": now}
         lapsed = (await connection.execute(self._says.lapsed, asked)).all()
         if not lapsed:
             return lapsed, 0
         return lapsed, (await connection.execute(self._says.drop_lapsed, asked)).rowcount
 
-    async def _write(self, connection: AsyncConnection, page: "_Page") -> None:
+    async def _write(self, connection: AsyncConnection, page: Page) -> None:
         for statement, rows in (
             (self._says.put_operations, page.changed_operations()),
             (self._says.put_counters, page.changed_counters()),
             (self._says.put_budgets, page.changed_budgets()),
         ):
             if rows:
-                await connection.execute(statement, {"rows": _json(rows)})
+                await connection.execute(statement, {"rows": compact(rows)})
 
     # --- Ways to the database -------------------------------------------------------------------
 
@@ -328,58 +288,13 @@ class DatabaseBackend:
 
     async def _ask(self, statement: Executable, **asked: object) -> Rows:
         """Say one *statement*, a transaction by itself; give its rows."""
-        return await self._job(lambda: self._alone_said(statement, asked))
-
-    async def _alone_said(self, statement: Executable, asked: Mapping[str, object]) -> Rows:
-        async with self._alone.connect() as connection:
-            result = await connection.execute(statement, asked)
-            return result.all() if result.returns_rows else []
-
-    async def _transact(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Do *work* in one transaction."""
-
-        async def transaction() -> T:
-            async with self._engine.begin() as connection:
-                return await work(connection)
-
-        return await self._job(transaction)
-
-    async def _job(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do *work* to its end, whether or not the caller waits for it."""
-        try:
-            async with asyncio.timeout(QUEUE_WITHIN):
-                await self._slots.acquire()
-        except TimeoutError:
-            busy = f"state: {self._place}: all {self._connections} connections are in use"
-            raise StateAwayError(busy) from None
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tasks.spawn(self._settle(work, done), "transaction")
-        return await done
-
-    async def _settle(
-        self, work: Callable[[], Coroutine[Any, Any, T]], done: "asyncio.Future[T]"
-    ) -> None:
-        try:
-            with mapped_errors(self._place):
-                result = await work()
-            if not done.done():
-                done.set_result(result)
-        except StateBackendError as error:
-            _fail(done, error)
-        except asyncio.CancelledError:
-            _fail(done, StateAwayError(f"state: {self._place}: closed meanwhile"))
-            raise
-        except BaseException as error:
-            _fail(done, error)
-            raise
-        finally:
-            self._slots.release()
+        return await self._transactions.ask(statement, asked)
 
     # --- Life -----------------------------------------------------------------------------------
 
     async def flush(self) -> None:
         """Return when no transaction is under way."""
-        await self._tasks.wait_idle(QUEUE_WITHIN + CLOSE_WITHIN)
+        await self._transactions.wait_idle()
 
     async def sweep(self) -> int:
         """Delete what has expired, in small steps; tell how many rows."""
@@ -397,7 +312,7 @@ class DatabaseBackend:
             asked = {"limit": SWEEP_ROWS, "now": self._now()}
             return (await connection.execute(statement, asked)).rowcount
 
-        return await self._transact(work)
+        return await self._transactions.transact(work)
 
     async def _sweep_lapsed(self) -> int:
         """Take off lapsed reservations of viewers who do not come back."""
@@ -406,7 +321,7 @@ class DatabaseBackend:
             found = await self._ask(self._says.lapsing, limit=SWEEP_ACCOUNTS, now=self._now())
             if not found:
                 break
-            deleted += await self._reap({_account(row.account) for row in found})
+            deleted += await self._reap({account_of(row.account) for row in found})
         return deleted
 
     async def _reap(self, accounts: set[Account]) -> int:
@@ -415,14 +330,14 @@ class DatabaseBackend:
             await self._write(connection, page)
             return page.dropped
 
-        return await self._transact(work)
+        return await self._transactions.transact(work)
 
     async def ping(self) -> None:
         """Return if the database can be used now; create its tables where it is empty."""
         if self._is_ready:
             await self._ask(self._says.ping)
             return
-        found = await self._job(lambda: standing(self._engine))
+        found = await self._transactions.job(lambda: standing(self._transactions.engine))
         check_standing(found, self._place)
         if found == "empty":
             await migrate(self._url)
@@ -430,10 +345,7 @@ class DatabaseBackend:
 
     async def close(self) -> None:
         """Let calls that are under way end, and release the connections."""
-        await self._tasks.wait_idle(CLOSE_WITHIN)
-        async with self._tasks:
-            pass
-        await self._engine.dispose()
+        await self._transactions.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -443,209 +355,8 @@ class DatabaseBackend:
 
     def __repr__(self) -> str:
         ready = "ready" if self._is_ready else "not looked at yet"
-        return f"<DatabaseBackend {self._place} {ready}, calls under way: {len(self._tasks)}>"
-
-
-@dataclass(slots=True)
-class _Operation:
-    status: str
-    amounts: dict[str, int] = field(default_factory=dict)
-    held_until: int = 0
-    kept_until: int = 0
-    booked: int = 0
-    booked_at: int = 0
-
-
-class _Page:
-    """What one transaction has locked and read, and what it changes: the ledger's open page."""
-
-    def __init__(self, now: int) -> None:
-        self.now = now
-        self.dropped = 0
-        """Lapsed reservations that were deleted."""
-        self._counters: dict[tuple[Account, str], Counter] = {}
-        self._ends: dict[tuple[Account, str], int] = {}
-        self._late: dict[Account, int] = {}
-        self._operations: dict[tuple[Account, str], _Operation] = {}
-        self._changed: dict[tuple[Account, str], None] = {}
-        """Of counters; a dict, for its order."""
-        self._settled: dict[tuple[Account, str], None] = {}
-        """Of operations that changed."""
-
-    # --- Reading --------------------------------------------------------------------------------
-
-    def put_budget(self, row: Row[Any]) -> None:
-        """Take a row of ``budget_tracking``."""
-        account = Account("campaign", row.campaign_id)
-        self._counters[account, MONEY_KEY] = Counter(count=row.spent, held=row.reserved)
-        self._late[account] = row.late
-
-    def put_counter(self, row: Row[Any]) -> None:
-        """Take a row of ``frequency_caps``."""
-        key = (_account(row.account), row.key)
-        self._counters[key] = Counter(row.counted, row.began, _pieces(row.pieces), row.held)
-        self._ends[key] = row.expires_at
-
-    def put_operation(self, row: Row[Any]) -> None:
-        """Take a row of ``operations``."""
-        key = (_account(row.account), row.operation)
-        self._operations[key] = _Operation(
-            row.status, json.loads(row.amounts), row.held_until, row.kept_until
-        )
-
-    def counters_of(self, holds: Sequence[Hold], lapsed: Rows) -> list[dict[str, str]]:
-        """Tell which rows of ``frequency_caps`` are needed."""
-        keys = {(each.account, claim.key) for each in holds for claim in each.claims}
-        keys |= {
-            (owner, key) for (owner, _), each in self._operations.items() for key in each.amounts
-        }
-        keys |= {(_account(row.account), row.key) for row in lapsed if row.key is not None}
-        viewers = sorted(each for each in keys if each[0].kind == "viewer")
-        return [{"account": str(account), "key": key} for account, key in viewers]
-
-    def reap(self, lapsed: Rows) -> None:
-        """Take off what *lapsed* reservations held."""
-        for row in lapsed:
-            if row.key is not None:
-                self._take_off(_account(row.account), {row.key: row.amount})
-
-    # --- Changing -------------------------------------------------------------------------------
-
-    def reserve(self, hold: Hold) -> Verdict:
-        """Reserve *hold*, wholly or not at all."""
-        if (before := self._known(hold.account, hold.operation)) is not None:
-            if before.status == HELD:
-                return repeated(hold, before.amounts)
-            return Verdict(granted=before.status == COUNTED)
-        counters = {each.key: self._counter(hold.account, each.key) for each in hold.claims}
-        verdict = judged(hold, counters, self.now)
-        if verdict.granted:
-            self._hold(hold, kept(hold, verdict))
-        return verdict
-
-    def _hold(self, hold: Hold, amounts: dict[str, int]) -> None:
-        ends = self.now + hold.ttl_ms
-        for key, amount in amounts.items():
-            self._counter(hold.account, key).held += amount
-            self._change(hold.account, key, ends)
-        self._put(hold, _Operation(HELD, amounts, held_until=ends))
-
-    def confirm(self, hold: Hold) -> Booking:
-        """Count the claims of *hold*."""
-        before = self._known(hold.account, hold.operation)
-        if before is not None and before.status == COUNTED:
-            return "again"
-        covered = self._release(hold) or self._drawn(hold)
-        for claim in hold.claims:
-            counter = self._counter(hold.account, claim.key)
-            counter.add(claim.window, claim.amount, self.now)
-            self._change(hold.account, claim.key, counter.ends(claim.window, self.now))
-        booked = sum(each.amount for each in hold.claims)
-        ends = self.now + hold.keep_ms
-        self._put(hold, _Operation(COUNTED, {}, 0, ends, booked, self.now))
-        if hold.account.kind == "campaign" and not covered:
-            self._late[hold.account] += booked
-        return "booked" if covered else "late"
-
-    def _drawn(self, hold: Hold) -> bool:
-        """Take *hold* out of its lease; whether that had room for it."""
-        lease = self._known(hold.account, hold.lease)
-        if lease is None or lease.status != HELD:
-            return False
-        taken, covered = drawn(lease.amounts, hold)
-        self._take_off(hold.account, taken)
-        lease.amounts = {key: left - taken.get(key, 0) for key, left in lease.amounts.items()}
-        self._settled[hold.account, hold.lease] = None
-        return covered
-
-    def void(self, hold: Hold) -> None:
-        """Release *hold*."""
-        before = self._known(hold.account, hold.operation)
-        if before is None or before.status == HELD:
-            self._release(hold)
-            self._put(hold, _Operation(VOID, kept_until=self.now + hold.keep_ms))
-
-    def _release(self, hold: Hold) -> bool:
-        """Take off the reservation of *hold*; whether there was one."""
-        before = self._known(hold.account, hold.operation)
-        if before is None or before.status != HELD:
-            return False
-        self._take_off(hold.account, before.amounts)
-        return True
-
-    def _known(self, account: Account, operation: str) -> _Operation | None:
-        """Give what is known of an operation; what was settled long ago is forgotten."""
-        found = self._operations.get((account, operation))
-        if found is None or (found.status != HELD and found.kept_until <= self.now):
-            return None
-        return found
-
-    def _counter(self, account: Account, key: str) -> Counter:
-        return self._counters.setdefault((account, key), Counter())
-
-    def _take_off(self, account: Account, amounts: Mapping[str, int]) -> None:
-        """Let *amounts* be reserved no more."""
-        for key, amount in amounts.items():
-            self._counter(account, key).held -= amount
-            self._change(account, key, 0)
-
-    def _change(self, account: Account, key: str, ends: int) -> None:
-        """Mark a counter as changed, to be kept until *ends* at least."""
-        self._changed[account, key] = None
-        self._ends[account, key] = max(self._ends.get((account, key), 0), ends)
-
-    def _put(self, hold: Hold, operation: _Operation) -> None:
-        self._operations[hold.account, hold.operation] = operation
-        self._settled[hold.account, hold.operation] = None
-
-    # --- Writing --------------------------------------------------------------------------------
-
-    def changed_operations(self) -> list[dict[str, object]]:
-        """Give the rows of ``operations`` to write."""
-        return [
-            {
-                **asdict(found := self._operations[account, operation]),
-                "account": str(account),
-                "operation": operation,
-                "amounts": _json(found.amounts),
-            }
-            for account, operation in self._settled
-        ]
-
-    def changed_counters(self) -> list[dict[str, object]]:
-        """Give the rows of ``frequency_caps`` to write."""
-        return [
-            {
-                **asdict(counter := self._counters[account, key]),
-                "account": str(account),
-                "key": key,
-                "expires_at": self._ends[account, key],
-                "pieces": _json(counter.pieces),
-            }
-            for account, key in self._changed
-            if account.kind == "viewer"
-        ]
-
-    def changed_budgets(self) -> list[dict[str, object]]:
-        """Give the rows of ``budget_tracking`` to write."""
-        return [
-            {
-                "campaign_id": account.name,
-                "spent": (counter := self._counters[account, key]).count,
-                "reserved": counter.held,
-                "late": self._late[account],
-                "timestamp": self.now,
-            }
-            for account, key in self._changed
-            if account.kind == "campaign"
-        ]
-
-
-def _check(holds: Sequence[Hold]) -> None:
-    for hold in holds:
-        check_hold(hold)
-        if hold.account.kind == "campaign" and hold.claims[0].window.kind != "lifetime":
-            raise StateBackendError("a database counts a campaign's money for its lifetime")
+        under_way = self._transactions.under_way
+        return f"<DatabaseBackend {self._place} {ready}, calls under way: {under_way}>"
 
 
 def _is_simple(holds: Sequence[Hold]) -> bool:
@@ -662,66 +373,12 @@ def _amounts(hold: Hold) -> dict[str, int]:
     return {each.key: each.amount for each in hold.claims}
 
 
-def _operations_of(holds: Sequence[Hold]) -> list[dict[str, str]]:
-    """Tell which rows of ``operations`` *holds* need: their own, and their leases'."""
-    names = {(str(each.account), each.operation) for each in holds}
-    names |= {(str(each.account), each.lease) for each in holds if each.lease}
-    return [{"account": account, "operation": operation} for account, operation in sorted(names)]
-
-
-def _account(words: str) -> Account:
-    """Read an account as ``str`` writes it."""
-    kind, _, name = words.partition(" ")
-    return Account("viewer" if kind == "viewer" else "campaign", name)
-
-
 def _lock_of(account: Account) -> int:
     """Give the number of an account's advisory lock: 64 bits, with a sign."""
     digest = blake2b(str(account).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _read_json(words: str) -> dict[str, str]:
+def _items_of(words: str) -> dict[str, str]:
     items: dict[str, str] = json.loads(words)
     return items
-
-
-def _pieces(words: str) -> dict[int, int]:
-    return {int(piece): count for piece, count in json.loads(words).items()}
-
-
-def _with_changes(items: dict[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
-    """Give *items* after *changes*, within the limits."""
-    for name, value in changes.items():
-        items.pop(name, None)
-        if value is not None:
-            items[name] = value
-    while len(items) > MAX_ITEMS or _size(items) > MAX_ITEM_BYTES:
-        del items[next(iter(items))]
-    return items
-
-
-def _size(items: Mapping[str, str]) -> int:
-    return sum(len(name.encode()) + len(value.encode()) for name, value in items.items())
-
-
-def _fail(done: "asyncio.Future[T]", error: BaseException) -> None:
-    """Give *error* to who waits, if anybody still does."""
-    if not done.done():
-        done.set_exception(error)
-        # Nobody may be left to look at it: that is no mistake.
-        done.exception()
-
-
-def _steady_time() -> Callable[[], int]:
-    """
-    Make a clock in Unix milliseconds that does not follow steps of the machine's.
-
-    Monotonic time is one for all processes of a machine, so those that start together agree.
-    """
-    offset = time.time_ns() - time.monotonic_ns()
-    return lambda: (time.monotonic_ns() + offset) // 1_000_000

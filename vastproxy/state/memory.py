@@ -7,19 +7,17 @@ money never goes.
 Rule 3: its clock does not jump: it starts at the machine's time and runs with the monotonic one.
 """
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Literal, Self
 
 import structlog
 
 from vastproxy.state.base import (
-    MAX_ITEM_BYTES,
-    MAX_ITEMS,
     MONEY_KEY,
     Account,
     Booking,
@@ -28,10 +26,12 @@ from vastproxy.state.base import (
     Level,
     Verdict,
     campaign_of,
-    check_hold,
+    check_holds,
     micros,
     units,
 )
+from vastproxy.state.clock import steady_clock
+from vastproxy.state.items import with_changes
 from vastproxy.state.ledger import FOR_EVER, Counter, drawn, judged, kept, level, repeated
 
 MAX_ACCOUNTS = 100_000
@@ -40,6 +40,8 @@ MANY_COUNTERS = 32
 """Counters of one account from which those that have ended are looked for."""
 FEW = 16
 """Stale entries of a queue that are not worth clearing away."""
+LOOKED_AT = 100
+"""Plain counters, the longest unused, among which one that has expired is looked for."""
 MAX_SETTLED = 250_000
 """Settled operations that are remembered: about 60 MB."""
 
@@ -129,7 +131,7 @@ class InMemoryBackend:
         max_accounts: int = MAX_ACCOUNTS,
         max_settled: int = MAX_SETTLED,
     ) -> None:
-        self._now = clock or _steady_clock()
+        self._now = clock or steady_clock()
         self._max_accounts = max_accounts
         self._max_settled = max_settled
         self._books: OrderedDict[Account, _Book] = OrderedDict()
@@ -163,7 +165,8 @@ class InMemoryBackend:
 
     def _forget_count(self) -> None:
         now = self._now()
-        key = next((key for key, (_, ends) in self._counts.items() if ends <= now), None)
+        oldest = islice(self._counts.items(), LOOKED_AT)
+        key = next((key for key, (_, ends) in oldest if ends <= now), None)
         if key is None:
             key = next(iter(self._counts))
             self._tell_forgotten("counter")
@@ -183,20 +186,21 @@ class InMemoryBackend:
 
     async def add_spend(self, key: str, amount: Decimal | float | str) -> Decimal:
         """Add *amount* to *key*, and give the new total."""
-        book = self._book(campaign_of(key))
+        campaign, more = campaign_of(key), micros(amount)
+        book = self._book(campaign)
         counter = book.counter(MONEY_KEY)
-        counter.count += micros(amount)
-        self._keep(campaign_of(key), book, FOR_EVER)
+        counter.count += more
+        self._keep(campaign, book, FOR_EVER)
         return units(counter.count)
 
     # --- Operations -----------------------------------------------------------------------------
 
     async def reserve(self, holds: Sequence[Hold]) -> list[Verdict]:
         """Reserve each of *holds*, wholly or not at all."""
+        check_holds(holds)
         return [self._reserve(each) for each in holds]
 
     def _reserve(self, hold: Hold) -> Verdict:
-        check_hold(hold)
         now = self._now()
         settled = self._settled_as(hold, now)
         if settled:
@@ -215,10 +219,10 @@ class InMemoryBackend:
 
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
         """Count the claims of each of *holds*."""
+        check_holds(holds)
         return [self._confirm(each) for each in holds]
 
     def _confirm(self, hold: Hold) -> Booking:
-        check_hold(hold)
         now = self._now()
         if self._settled_as(hold, now) == "c":
             return "again"
@@ -247,8 +251,8 @@ class InMemoryBackend:
 
     async def void(self, holds: Sequence[Hold]) -> None:
         """Release *holds*."""
+        check_holds(holds)
         for hold in holds:
-            check_hold(hold)
             now = self._now()
             if self._settled_as(hold, now) is None:
                 if (book := self._books.get(hold.account)) is not None:
@@ -303,14 +307,7 @@ class InMemoryBackend:
         """Set or remove items, each by itself."""
         now = self._now()
         book = self._book(account)
-        if book.items_end <= now:
-            book.items.clear()
-        for name, value in changes.items():
-            book.items.pop(name, None)
-            if value is not None:
-                book.items[name] = value
-        while len(book.items) > MAX_ITEMS or _size(book.items) > MAX_ITEM_BYTES:
-            del book.items[next(iter(book.items))]
+        book.items = with_changes(book.items if now < book.items_end else {}, changes)
         book.items_end = now + int(seconds * 1000)
         self._keep(account, book, book.items_end)
 
@@ -384,13 +381,3 @@ class InMemoryBackend:
 
     def __repr__(self) -> str:
         return f"<InMemoryBackend accounts: {len(self._books)}, forgotten: {self.forgotten}>"
-
-
-def _size(items: Mapping[str, str]) -> int:
-    return sum(len(name.encode()) + len(value.encode()) for name, value in items.items())
-
-
-def _steady_clock() -> Callable[[], int]:
-    """Make a clock in Unix milliseconds that does not follow steps of the machine's."""
-    offset = time.time() - time.monotonic()
-    return lambda: int((time.monotonic() + offset) * 1000)

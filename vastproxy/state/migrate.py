@@ -330,7 +330,12 @@ def _upgrade(connection: Connection, place: Place) -> tuple[str, str]:
 def _standing(connection: Connection) -> Standing:
     revision, scripts = _revision(connection), ScriptDirectory(str(SCRIPTS))
     if revision is None:
-        return "foreign" if TABLES & set(inspect(connection).get_table_names()) else "empty"
+        if not TABLES & set(inspect(connection).get_table_names()):
+            return "empty"
+        # Another process may have made them between the two looks.
+        revision = _revision(connection)
+        if revision is None:
+            return "foreign"
     if revision == scripts.get_current_head():
         return "current"
     known = {each.revision for each in scripts.walk_revisions()}

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Row,
     Select,
     String,
     Subquery,
@@ -66,6 +67,7 @@ _HELD: ColumnClause[str] = literal_column("'held'")
 """Written out: a planner cannot use a partial index for a parameter."""
 
 Upsert = postgresql.Insert | sqlite.Insert
+Rows = Sequence[Row[Any]]
 
 METADATA = MetaData()
 
