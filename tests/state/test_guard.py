@@ -460,6 +460,28 @@ async def test_confirmation_waits_for_the_return() -> None:
         assert ([False, True], 0, 0) == (there, waiting[-1], len(state.journal))
 
 
+async def test_slow_backend_is_looked_at_less_and_less() -> None:
+    """A backend that answers looks, and is too slow for requests, makes few of them wait."""
+
+    class Slow(Scripted):
+        """Takes longer for a reservation than requests wait."""
+
+        async def reserve(self, holds: Sequence[Hold]) -> list[Verdict]:
+            """Reserve slowly."""
+            await asyncio.sleep(1)
+            return await super().reserve(holds)
+
+    away: list[bool] = []
+    async with guarded(Slow(), timeout=0.01, telling=Telling(away.append)) as state:
+        ends = time.monotonic() + 1
+        while time.monotonic() < ends:
+            with suppress(StateAwayError):
+                await state.reserve([a_hold()])
+            await asyncio.sleep(0.002)
+
+    assert 2 <= away.count(False) <= 5
+
+
 async def test_journal_is_settled_before_the_return() -> None:
     """While the journal cannot be written, a backend that answers is not back yet."""
     backend = Scripted()

@@ -13,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from vastproxy.model import AdRequest, AdResponse, Device
+from vastproxy.model import AdRequest, AdResponse, Device, clean
 from vastproxy.web.handlers import (
+    PIXEL,
     Networks,
     ad_request,
     answered,
-    clean,
+    beacon_answer,
     cors,
     preflight,
+    public_base,
     raw_path,
     refused,
 )
@@ -42,14 +44,17 @@ OWN = (("User-Agent", "TV"), ("Referer", "http://p.example/"), ("Accept-Language
 class FakeTransport:
     """Says which address a request came from."""
 
-    def __init__(self, peer: str) -> None:
-        """Take the peer's address."""
+    def __init__(self, peer: str, own: object = None) -> None:
+        """Take the peer's address, and our *own* as a socket tells it."""
         self._peer = peer
+        self._own = own
 
     def get_extra_info(self, name: str, default: object = None) -> object:
         """Give the peer's address; for a Unix socket, the socket."""
         if name == "socket" and self._peer == UNIX:
             return SimpleNamespace(family=socket.AF_UNIX)
+        if name == "sockname":
+            return self._own
         known = name == "peername" and self._peer not in {"", UNIX}
         return (self._peer, 5000) if known else default
 
@@ -281,3 +286,196 @@ def test_refusals() -> None:
     assert (404, "no route\n") == (missing.status, missing.text)
     assert (405, "GET, HEAD, OPTIONS") == (wrong.status, wrong.headers["Allow"])
     assert "Allow" not in missing.headers
+
+
+# --- Where the player reached the proxy ---------------------------------------------------------
+
+OWN_ADDRESS = ("192.0.2.80", 8080)
+
+
+def base(
+    *headers: tuple[str, str],
+    peer: str = "192.0.2.1",
+    own: object = OWN_ADDRESS,
+    tls: bool = False,
+) -> str:
+    """Give the base of a request with *headers* from *peer*, a stranger."""
+    transport: Any = FakeTransport(peer, own)
+    context: Any = tls or None
+    request = make_mocked_request(
+        "GET", "/ad", headers=CIMultiDict(headers), transport=transport, sslcontext=context
+    )
+    return public_base(request, TRUSTED)
+
+
+FORWARDED = (("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "ads.example.com"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "p.example",
+        "p.example:8080",
+        "P.Example",
+        "localhost",
+        "10.0.0.1:1",
+        "[::1]",
+        "[2001:db8::1]:8080",
+        "a_b.example",
+        "xn--e1afmkfd.example",
+        "p.example.",
+    ],
+)
+def test_base_is_the_host(host: str) -> None:
+    """A player reached the proxy where its Host says."""
+    assert f"http://{host}" == base(("Host", host))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        " ",
+        "a b",
+        "evil@p.example",
+        "p.example/path",
+        "p.example?q",
+        "p.example#f",
+        "p.example\\x",
+        "<script>",
+        '"onload="',
+        "p.example:",
+        "p.example:port",
+        "p.example:123456",
+        "p.example:80:80",
+        "p.example\r\nX: 1",
+        "p.example\n",
+        "\x00",
+        "-p.example",
+        ".p.example",
+        "é.example",
+        "\u0661.example",
+        "[::1",
+        "::1",
+        "[::1]x",
+        "[fe80::1%25eth0]",
+        "[]",
+        "a" * 255,
+        "a" * 100_000,
+        "javascript:alert(1)",
+        "]]>",
+    ],
+    ids=lambda host: repr(host[:30]),
+)
+def test_host_that_is_none(host: str) -> None:
+    """A Host that is none is passed over: it is the address that the connection came to."""
+    assert "http://192.0.2.80:8080" == base(("Host", host))
+
+
+@given(host=st.text(max_size=300))
+def test_any_host(host: str) -> None:
+    """Whatever a Host is, the base is one that can stand in a document, and holds no path."""
+    found = base(("Host", host))
+
+    assert found.startswith("http://")
+    assert found.isascii()
+    assert found.isprintable()
+    assert set("/<>\"' @?#\\").isdisjoint(found.removeprefix("http://"))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (("127.0.0.1", 80), "http://127.0.0.1:80"),
+        (("::1", 8080, 0, 0), "http://[::1]:8080"),
+        ("/run/vastproxy.sock", "http://localhost"),
+        ("", "http://localhost"),
+        (None, "http://localhost"),
+    ],
+)
+def test_own_address(own: object, expected: str) -> None:
+    """Without a Host it is our own address; of a Unix socket there is none."""
+    assert expected == base(own=own)
+
+
+def test_no_host() -> None:
+    """A request of HTTP/1.0 has no Host, and a base all the same."""
+    assert "http://192.0.2.80:8080" == base()
+
+
+def test_strangers_forward_nothing() -> None:
+    """What a stranger says of another host is not believed."""
+    assert "http://p.example" == base(("Host", "p.example"), *FORWARDED)
+    assert "http://p.example" == base(("Host", "p.example"), *FORWARDED, peer="")
+
+
+@pytest.mark.parametrize("peer", ["10.0.0.1", "2001:db8::1", UNIX])
+def test_trusted_proxy_says_where(peer: str) -> None:
+    """What a trusted proxy, or a Unix socket, says of host and scheme is believed."""
+    assert "https://ads.example.com" == base(("Host", "inner:8080"), *FORWARDED, peer=peer)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([("X-Forwarded-Proto", "https")], "https://inner"),
+        ([("X-Forwarded-Proto", "HTTPS")], "https://inner"),
+        ([("X-Forwarded-Proto", " https , http")], "https://inner"),
+        ([("X-Forwarded-Proto", "http,https")], "http://inner"),
+        ([("X-Forwarded-Proto", "javascript")], "http://inner"),
+        ([("X-Forwarded-Proto", "")], "http://inner"),
+        ([("X-Forwarded-Host", "a.example:1, b.example")], "http://a.example:1"),
+        ([("X-Forwarded-Host", "")], "http://inner"),
+        ([("X-Forwarded-Host", "evil@x")], "http://192.0.2.80:8080"),
+    ],
+)
+def test_what_trusted_proxies_may_say(headers: list[tuple[str, str]], expected: str) -> None:
+    """The outermost of several proxies counts; what is no host, or no scheme, is passed over."""
+    assert expected == base(("Host", "inner"), *headers, peer="10.0.0.1")
+
+
+def test_connection_by_tls() -> None:
+    """What came encrypted goes back so, unless a trusted proxy knows better."""
+    plain = ("X-Forwarded-Proto", "http")
+
+    assert "https://p.example" == base(("Host", "p.example"), tls=True)
+    assert "https://p.example" == base(("Host", "p.example"), plain, tls=True)
+    assert "http://p.example" == base(("Host", "p.example"), plain, tls=True, peer="10.0.0.1")
+
+
+# --- Beacons ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "accept", "status", "body"),
+    [
+        ("t", "", 204, None),
+        ("t", "*/*", 204, None),
+        ("t", "text/html,image/webp", 204, None),
+        ("t.gif", "", 200, PIXEL),
+        ("t", "image/*", 200, PIXEL),
+        ("t", "image/avif,image/webp,*/*;q=0.8", 200, PIXEL),
+    ],
+)
+def test_picture(token: str, accept: str, status: int, body: bytes | None) -> None:
+    """A beacon is answered with nothing, or with a picture where one is wanted."""
+    headers = (("Accept", accept), ("Origin", "https://p.example"))
+    reply = beacon_answer(a_request(headers=headers), token, 204)
+
+    assert (status, body) == (reply.status, reply.body)
+    assert ("image/gif" if body else None) == reply.headers.get("Content-Type")
+    assert "no-store" == reply.headers["Cache-Control"]
+    assert ("https://p.example", "true") == browser_headers(reply.headers)
+
+
+def test_refused_beacon_is_no_picture() -> None:
+    """A beacon that is refused has no picture: nobody should take it for counted."""
+    reply = beacon_answer(a_request(headers=(("Accept", "image/*"),)), "t.gif", 403)
+
+    assert (403, None) == (reply.status, reply.body)
+
+
+def test_pixel() -> None:
+    """The picture is a GIF of one point."""
+    assert b"GIF89a\x01\x00\x01\x00" == PIXEL[:10]
+    assert b";" == PIXEL[-1:]

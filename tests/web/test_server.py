@@ -16,11 +16,19 @@ from tests.support.ad_server import AdServer as Upstreams
 from tests.support.hostile import a_wrapper, an_inline
 from vastproxy.config.template import Template
 from vastproxy.flow.ad_server import AdServer
+from vastproxy.flow.admission import Terms
+from vastproxy.flow.beacons import Beacons
+from vastproxy.flow.caps import Cap
 from vastproxy.flow.reporter import ErrorReporter
 from vastproxy.flow.routing import Route, Router
 from vastproxy.model import AdRequest, AdResponse
 from vastproxy.observe.tasks import Tasks
 from vastproxy.session.factory import SessionFactory
+from vastproxy.session.seals import Seal
+from vastproxy.state.base import Account, Hold, money
+from vastproxy.state.guard import GuardedState
+from vastproxy.state.memory import InMemoryBackend
+from vastproxy.state.windows import Span
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
@@ -33,10 +41,16 @@ ANSWER = AdResponse(b"<VAST/>", "r1", ads=1, hops=2, upstream="main", flags=("re
 class FakeAds(AdServer):
     """A flow of the test's own."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, beacons: Beacons | None = None) -> None:
         """Take what to do with a request."""
         self._flow = flow
+        self._beacons = beacons
         self.asked: list[AdRequest] = []
+
+    @property
+    def beacons(self) -> Beacons | None:
+        """Take beacons, if the test has any."""
+        return self._beacons
 
     async def answer(self, route: Route, request: AdRequest) -> AdResponse:
         """Remember *request*, and do what the test says."""
@@ -241,10 +255,10 @@ async def real(upstreams: Upstreams) -> AsyncIterator[int]:
             yield base.port
 
 
-async def raw(port: int, *lines: bytes) -> bytes:
+async def raw(port: int, *lines: bytes, host: bytes = b"x") -> bytes:
     """Send *lines* as they are, and give the whole answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"\r\n".join([*lines, b"Host: x", b"Connection: close", b"", b""]))
+    writer.write(b"\r\n".join([*lines, b"Host: " + host, b"Connection: close", b"", b""]))
     answer = await reader.read()
     writer.close()
     await writer.wait_closed()
@@ -287,3 +301,148 @@ async def test_absolute_form(real: int, upstreams: Upstreams) -> None:
 
     assert b'<Ad id="last"' in answer
     assert upstreams.seen("/one")[0].query.startswith("q=%2F&")
+
+
+# --- Beacons ------------------------------------------------------------------------------------
+
+SPRING = Account("campaign", "spring")
+HOLD = Hold(SPRING, "o", (money(5),))
+CAPPED = Terms((Cap("/ad", 3, Span()),))
+
+
+@asynccontextmanager
+async def counting() -> AsyncIterator[tuple[aiohttp.ClientSession, str, InMemoryBackend]]:
+    """Serve beacons; give a client, the path of one, and what counts it."""
+    backend = InMemoryBackend()
+    async with GuardedState(backend, local=True) as state:
+        beacons = Beacons(Seal(["a"], "beacon"), state, ttl=60, now=lambda: 1_800_000_000.0)
+        player = Player(FakeAds(good, beacons), Router([]), PlayerSettings())
+        async with serving(player) as client:
+            yield client, beacons.url("", [HOLD]), backend
+
+
+async def spent(backend: InMemoryBackend) -> int:
+    """Give what is counted of the campaign."""
+    [level] = await backend.levels(SPRING, [money(0)])
+    return level.counted
+
+
+async def test_beacon_counts() -> None:
+    """A beacon is answered at once, with nothing; it counts once, and any page may send it."""
+    async with counting() as (client, path, backend):
+        for _ in range(2):
+            reply = await client.get(path, headers={"Origin": "https://p.example"})
+
+            assert (204, b"") == (reply.status, await reply.read())
+            assert 5 == await spent(backend)
+        assert "https://p.example" == reply.headers["Access-Control-Allow-Origin"]
+        assert "no-store" == reply.headers["Cache-Control"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "accept"), [(".gif", "*/*"), ("", "image/*"), ("?cb=1&x=/y", "image/webp,*/*")]
+)
+async def test_beacon_as_a_picture(suffix: str, accept: str) -> None:
+    """Where a picture is wanted, the beacon is one, and counts; a query changes nothing."""
+    async with counting() as (client, path, backend):
+        reply = await client.get(path + suffix, headers={"Accept": accept})
+
+        assert (200, "image/gif", b"GIF89a") == (
+            reply.status,
+            reply.content_type,
+            (await reply.read())[:6],
+        )
+        assert 5 == await spent(backend)
+
+
+@pytest.mark.parametrize(
+    ("method", "status"), [("HEAD", 204), ("OPTIONS", 204), ("POST", 405), ("PUT", 405)]
+)
+async def test_beacon_by_other_methods(method: str, status: int) -> None:
+    """Only a GET counts: looking at a beacon does not."""
+    async with counting() as (client, path, backend):
+        reply = await client.request(method, path)
+
+        assert status == reply.status
+        assert 0 == await spent(backend)
+
+
+@pytest.mark.parametrize("token", ["", "x", "x.gif", "a/b", "%00%ff", "x" * 7_000, "<script>"])
+async def test_forged_beacon(token: str) -> None:
+    """What is no beacon of ours is refused, is no picture, and counts nothing."""
+    async with counting() as (client, path, backend):
+        for each in (f"/beacon/{token}", f"{path}{token or 'A'}"[:8_000]):
+            reply = await client.get(each, headers={"Accept": "image/*"})
+
+            assert 403 == reply.status
+            assert "*" == reply.headers["Access-Control-Allow-Origin"]
+        assert 0 == await spent(backend)
+
+
+async def test_beacon_of_nobody() -> None:
+    """Where nothing is counted, every beacon is a forged one."""
+    player, _ = a_player(good)
+    async with serving(player) as client:
+        assert 403 == (await client.get("/beacon/x")).status
+
+
+async def test_bug_in_a_beacon() -> None:
+    """A bug while a beacon is counted gives the player its answer, and the log its traceback."""
+
+    class Broken(Beacons):
+        """Fails as a bug does."""
+
+        async def take(self, token: str) -> Any:
+            """Fail."""
+            raise ZeroDivisionError(token)
+
+    state = GuardedState(InMemoryBackend())
+    beacons = Broken(Seal(["a"], "beacon"), state, ttl=60, now=lambda: 0.0)
+    player = Player(FakeAds(good, beacons), Router([]), PlayerSettings())
+    async with serving(player) as client:
+        with capture_logs() as logs:
+            reply = await client.get("/beacon/x.gif")
+
+    assert (200, "image/gif") == (reply.status, reply.content_type)
+    assert [("beacon.failed", "error")] == [(e["event"], e["log_level"]) for e in logs]
+
+
+async def test_base_for_beacons() -> None:
+    """A route that counts is told where the player reached us; another need not be."""
+    ads = FakeAds(good)
+    routes = [Route("/ad", (), terms=CAPPED), Route("/free", ())]
+    async with serving(Player(ads, Router(routes), PlayerSettings())) as client:
+        for path in ("/ad", "/free"):
+            await client.get(path, headers={"Host": "p.example:81"})
+
+    assert ["http://p.example:81", ""] == [each.base for each in ads.asked]
+
+
+async def test_public_url() -> None:
+    """Where the operator says how players reach us, no header says otherwise."""
+    ads = FakeAds(good)
+    settings = PlayerSettings(
+        (ip_network("127.0.0.0/8"),), public_url="https://ads.example.com/vast"
+    )
+    player = Player(ads, Router([Route("/ad", (), terms=CAPPED)]), settings)
+    async with serving(player) as client:
+        await client.get("/ad", headers={"X-Forwarded-Host": "evil.example"})
+
+    assert ["https://ads.example.com/vast"] == [each.base for each in ads.asked]
+
+
+@pytest.mark.parametrize(
+    "host", [b"a b", b"evil@x", b"<x>", b'"x"', b"p\x85.example", b"\xff\xfe", b"x" * 8_000]
+)
+async def test_hostile_host(host: bytes) -> None:
+    """A Host that is none leaves the player its ad, and its beacons our own address."""
+    ads = FakeAds(good)
+    player = Player(ads, Router([Route("/ad", (), terms=CAPPED)]), PlayerSettings())
+    async with serving(player) as client:
+        base = client._base_url
+        assert base is not None
+        assert base.port is not None
+        answer = await raw(base.port, b"GET /ad HTTP/1.1", host=host)
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert [f"http://127.0.0.1:{base.port}"] == [each.base for each in ads.asked]

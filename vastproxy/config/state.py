@@ -156,7 +156,8 @@ class FrequencyCap(Settings):
     )
     count_at: CountAt = setting("impression", _ABOUT_COUNT_AT)
     when_unknown: Literal["serve", "skip"] = setting(
-        "serve", "Where the request names no viewer: serve the ad, or skip it."
+        "serve",
+        "Where the request names no viewer, or the ad not what is counted by: serve or skip it.",
     )
     mode: Mode = setting("enforce", _ABOUT_MODE)
     reservation_ttl: ReservationTtl | None = setting(None, _ABOUT_TTL)

@@ -255,8 +255,9 @@ class Admission:
         if budget is None or not budget.covers(self._upstream):
             return True
         price = budget.price_of(facts)
-        if not price:
+        if price is None:
             self.flags["unpriced"] = None
+        if not price:
             return True
         if budget.on_state_loss == "lease" and budget.enforced:
             lease = self._leases.take(budget.campaign, price)

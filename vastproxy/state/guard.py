@@ -1,8 +1,9 @@
 """
 Between the requests and a state backend that may be slow, or away.
 
-Rule 1: who waits for the backend waits at most ``timeout``. When that passes, the backend is taken
-to be away: everybody who waits is told at once, and nobody asks again.
+Rule 1: a call takes at most ``timeout``, not counting the time in which this process itself was
+busy. When that passes, the backend is taken to be away: everybody who waits is told at once, and
+nobody asks again.
 Rule 2: while it is away, one task asks whether it is back. It is back when it answers, and has
 taken what the journal kept.
 Rule 3: calls that are asked for at the same time go out together: two hundred reservations for one
@@ -37,9 +38,14 @@ NEARLY = 0.1
 """Of a time-out: what is left over when it has passed, as there is always a little to do."""
 MAX_PATIENCE = 20
 """A call takes so many times its time-out at the most, however busy the machine is."""
+TURNS = 5
+"""Calls that are not bundled and under way at one time: as many as SQL has connections."""
 FIRST_LOOK = 0.1
 LAST_LOOK = 1.0
 """Seconds between looks whether the backend is back: from the first to the slowest."""
+STEADY = 10.0
+"""Seconds that it must have been back for the first look to be a quick one again: a server that
+answers a look, and is too slow for requests, would make each of them wait."""
 LOOK_TIMEOUT = 2.0
 """Seconds that a look, and the writing of a part of the journal, may take."""
 SETTLED_AT_ONCE = 500
@@ -91,11 +97,17 @@ class GuardedState:
         self._timeout = timeout
         self._local = local
         self._settling = asyncio.Lock()
+        self._pause = FIRST_LOOK
+        """Seconds until the next look, while it is away."""
+        self._back = -STEADY
+        """When it came back, on the monotonic clock."""
         self._telling = telling or Telling()
         self._tasks = Tasks("state")
         self._log = structlog.get_logger("vastproxy.state")
         self._reserving = _Lane[Verdict](self, backend.reserve)
         self._confirming = _Lane[Booking](self, backend.confirm)
+        self._looking = _Lane[list[Level]](self, self._look_at)
+        self._turns = asyncio.Semaphore(TURNS)
 
     # --- What requests ask ----------------------------------------------------------------------
 
@@ -131,23 +143,52 @@ class GuardedState:
         """Release *holds*; where that cannot be, their time will."""
         if holds and self.available:
             try:
-                await self.in_time(self.backend.void(holds))
+                await self._in_turn(lambda: self.backend.void(holds))
             except StateBackendError as error:
                 self._log.debug("state.void_failed", problem=str(error))
 
     async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
         """Tell what stands on the counters of *claims*."""
-        return await self.in_time(self.backend.levels(account, claims))
+        if self._local:
+            return await self.backend.levels(account, claims)
+        [found] = await self._looking.ask([Hold(account, "look", tuple(claims))])
+        return found
+
+    async def _look_at(self, looks: Sequence[Hold]) -> list[list[Level]]:
+        """Ask each question of *looks* once: at one campaign hundreds may look at one time."""
+        asked = dict.fromkeys((each.account, each.claims) for each in looks)
+        found = await asyncio.gather(*(self.backend.levels(*each) for each in asked))
+        answers = dict(zip(asked, found, strict=True))
+        return [answers[each.account, each.claims] for each in looks]
 
     async def read_items(self, account: Account) -> dict[str, str]:
         """Give the items of *account*."""
-        return await self.in_time(self.backend.read_items(account))
+        return await self._in_turn(lambda: self.backend.read_items(account))
 
     async def write_items(
         self, account: Account, changes: Mapping[str, str | None], seconds: float
     ) -> None:
         """Set or remove items of *account*."""
-        await self.in_time(self.backend.write_items(account, changes, seconds))
+        await self._in_turn(lambda: self.backend.write_items(account, changes, seconds))
+
+    async def _in_turn(self, call: Callable[[], Awaitable[T]]) -> T:
+        """
+        Make a *call* in its turn.
+
+        Waiting for that is no proof against the backend: two hundred calls at one time take long,
+        however quick each is. If it goes away meanwhile, those who wait are told at once.
+        """
+        try:
+            async with asyncio.timeout(self._timeout * MAX_PATIENCE):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise StateAwayError("too many calls wait for the state backend") from None
+        try:
+            if not self.available:
+                raise StateAwayError("the state backend is away")
+            return await self.in_time(call())
+        finally:
+            self._turns.release()
 
     # --- Away and back --------------------------------------------------------------------------
 
@@ -183,19 +224,21 @@ class GuardedState:
 
     async def _look(self, since: float) -> None:
         """Wait until the backend is back and has taken the journal."""
-        pause = FIRST_LOOK
+        if since - self._back > STEADY:
+            self._pause = FIRST_LOOK
         while True:
+            await asyncio.sleep(self._pause)
+            self._pause = min(self._pause * 2, LAST_LOOK)
             try:
                 async with asyncio.timeout(LOOK_TIMEOUT):
                     await self.backend.ping()
                 settled = await self._settle()
             except (StateBackendError, TimeoutError) as error:
                 self._log.debug("state.still_away", problem=str(error))
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, LAST_LOOK)
                 continue
             break
         self.available = True
+        self._back = time.monotonic()
         away = round(time.monotonic() - since, 3)
         self._log.warning("state.back", away_seconds=away, settled=settled)
         self._telling.there(True)  # noqa: FBT003 - whether it is
