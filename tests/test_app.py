@@ -20,9 +20,10 @@ from structlog.testing import capture_logs
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.documents import a_wrapper, an_inline
 from tests.support.proxy import ROOT, a_config
-from vastproxy.app import Proxy, egress_policy, served
+from vastproxy.app import Proxy, egress_policy
 from vastproxy.config.load import loads
 from vastproxy.config.schema import Config
+from vastproxy.serving import served
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ def _run(work: Coroutine[Any, Any, Any]) -> None:
 @_config_option
 def serve(path: Path) -> None:
     """Run the proxy until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
-    from vastproxy.app import serve as serve_config  # noqa: PLC0415 - other commands start faster
     from vastproxy.observe import log  # noqa: PLC0415
+    from vastproxy.serving import serve as serve_config  # noqa: PLC0415 - other commands start faster
 
     config = _loaded(path)
     log.configure(config.log.level, config.log.format)

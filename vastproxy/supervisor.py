@@ -35,31 +35,25 @@ from typing import Any, Final, Self
 import structlog
 from aiohttp import web
 
-from vastproxy.app import (
-    BACKLOG,
-    FLUSH_TIMEOUT,
-    Ending,
-    Serving,
-    calm_collector,
-    listening,
-    name_of,
-    overview,
-    reloaded,
-    remove_stale_socket,
-    secrets_of,
-    serving,
-    swap,
-    usable_state,
-    with_secret,
-)
+from vastproxy.app import FLUSH_TIMEOUT, overview, secrets_of, usable_state
 from vastproxy.config.schema import Config
 from vastproxy.config.units import Listen
 from vastproxy.errors import VastproxyError
 from vastproxy.observe import log
 from vastproxy.observe.metrics import DIRECTORY, count_as, forget_process, summed
 from vastproxy.observe.tasks import Tasks
+from vastproxy.serving import (
+    Ending,
+    Serving,
+    calm_collector,
+    reloaded,
+    serving,
+    swap,
+    with_secret,
+)
 from vastproxy.web.admin import admin_app
 from vastproxy.web.api import add_api
+from vastproxy.web.listeners import BACKLOG, listening, name_of, remove_stale_socket
 
 FIRST_PAUSE: Final = 0.1
 """Seconds before the first new start of a worker; they double with each that does not last."""

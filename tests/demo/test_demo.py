@@ -10,11 +10,11 @@ import pytest
 from lxml import etree
 
 from tests.support.proxy import ROOT
-from vastproxy.app import served
 from vastproxy.config.load import load
 from vastproxy.config.units import Listen
 from vastproxy.demo.ad_servers import ad_servers
 from vastproxy.demo.run import config_path, page
+from vastproxy.serving import served
 
 PORTS = (9101, 9102, 9103)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from aiohttp import web
 
-from vastproxy.app import PlayerHandler, Proxy, served
+from vastproxy.app import Proxy
 from vastproxy.config.schema import Config
 from vastproxy.demo.ad_servers import ad_servers
 from vastproxy.explain import as_json
+from vastproxy.serving import PlayerHandler, served
 from vastproxy.web.handlers import ad_request, raw_path
 
 PAGE = "/"
