@@ -343,15 +343,16 @@ def test_second_signal_hurries(ads: AdServer, tmp_path: Path) -> None:
 
 def test_workers_that_cannot_start(ad_server: AdServer, tmp_path: Path) -> None:
     """Workers that die at their start are started again and again; the end is clean even so."""
-    (tmp_path / "state.db").write_text("This is no database. " * 100)
-    with started_proxy(a_shared_config(ad_server, tmp_path), tmp_path) as proxy:
+    (tmp_path / "file").write_text("This is no directory.")
+    config = {**a_shared_config(ad_server, tmp_path), "journal": str(tmp_path / "file" / "journal")}
+    with started_proxy(config, tmp_path) as proxy:
         told = [proxy.wait_record(event="worker.cannot_start", failed_starts=n) for n in (1, 2)]
         readyz = ask(proxy.admin, "/readyz")
 
     assert [(1, 0.1), (1, 0.2)] == [(each["code"], each["again_in"]) for each in told]
     assert HTTPStatus.SERVICE_UNAVAILABLE == readyz.status
     assert {"wanted": 2, "ready": 0} == readyz.json()["workers"]
-    assert "state.db" in proxy.records(event="start.failed")[0]["problem"]
+    assert "Not a directory" in proxy.records(event="start.failed")[0]["problem"]
 
 
 def test_taken_port(ad_server: AdServer, tmp_path: Path) -> None:
