@@ -21,7 +21,7 @@ from vastproxy.config.schema import Config
 from vastproxy.config.schema import Route as RouteConfig
 from vastproxy.config.schema import Upstream as UpstreamConfig
 from vastproxy.config.units import Network
-from vastproxy.errors import StateAwayError
+from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.flow.accounting import Accounting
 from vastproxy.flow.ad_server import AdServer
 from vastproxy.flow.beacons import Beacons
@@ -166,15 +166,15 @@ async def keeping(config: Config) -> AsyncIterator[Keeping]:
     """
     Open the state of *config*, and make what it leaves out.
 
-    Raises StateBackendError where the state is there, but cannot be used; OSError where the
-    journal cannot be written.
+    Raises StateBackendError where the state is there, but cannot be used, and where the journal
+    cannot be written.
     """
     metrics = RequestMetrics()
     secrets = secrets_of(config)
     guarded = GuardedState(
         backend_of(config.state),
         timeout=config.state_timeout,
-        journal=Journal(config.journal),
+        journal=_journal(config),
         local=not config.state.is_shared,
         telling=Telling(
             lambda there: metrics.state_up(up=there), metrics.state_error, metrics.journal_pending
@@ -209,6 +209,13 @@ async def proxy(config: Config, kept: Keeping | None = None) -> AsyncIterator[Pr
             yield Proxy(config, ads, router, player, reporter, tasks)
         finally:
             await tasks.wait_idle(FLUSH_TIMEOUT)
+
+
+def _journal(config: Config) -> Journal:
+    try:
+        return Journal(config.journal)
+    except OSError as error:
+        raise StateBackendError(f"journal {config.journal}: {error}") from None
 
 
 def accounting(config: Config, kept: Keeping, routes: Iterable[Route]) -> Accounting:
