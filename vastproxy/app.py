@@ -46,8 +46,8 @@ from vastproxy.vast.macros import spelling
 from vastproxy.vast.unwrap import Policy
 from vastproxy.web.server import Player, PlayerSettings
 
-DAY = 86_400.0
-"""Seconds."""
+BEACON_TTL = 21_600.0
+"""Seconds that beacons are taken, where nobody says it."""
 
 FLUSH_TIMEOUT = 5.0
 """Seconds that reports still under way get at the end."""
@@ -109,7 +109,7 @@ def upstream(
 
 
 def route(
-    config: RouteConfig, upstreams: dict[str, VastUpstream], beacon_ttl: float = DAY
+    config: RouteConfig, upstreams: dict[str, VastUpstream], beacon_ttl: float = BEACON_TTL
 ) -> Route:
     """Make a route that asks some of *upstreams*; its beacons are taken for *beacon_ttl* s."""
     return Route(

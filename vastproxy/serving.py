@@ -46,6 +46,9 @@ Who is just sending over a connection as it is closed cannot tell whether it was
 section 9.6. nginx has ``keepalive_min_timeout`` for the same.
 """
 
+WRITING = 0.2
+"""Seconds that answers get to be written, when they are made."""
+
 POLL = 0.02
 """Seconds between two looks at what is still under way."""
 
@@ -99,6 +102,8 @@ class Serving:
         self._retiring = Tasks("replaced proxies")
         self._stack = AsyncExitStack()
         self.draining = False
+        self.in_flight = 0
+        """Requests of players that are being answered, beacons too."""
 
     @asynccontextmanager
     async def open(self, config: Config) -> AsyncIterator[Proxy]:
@@ -135,7 +140,11 @@ class Serving:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a player."""
-        response = await self.proxy.player.handle(request)
+        self.in_flight += 1
+        try:
+            response = await self.proxy.player.handle(request)
+        finally:
+            self.in_flight -= 1
         if self.draining:
             response.force_close()
         return response
@@ -218,7 +227,9 @@ async def _drained(now: Serving, players: web.ServerRunner, ending: Ending) -> N
     linger = min(LINGER, limit / 2)
     await ending.wait_for(lambda: not server.connections, linger)
     server.pre_shutdown()
-    await ending.wait_for(lambda: not server.connections, limit - linger)
+    # aiohttp leaves connections open that were idle already: they are no reason to wait.
+    await ending.wait_for(lambda: not now.in_flight, limit - linger)
+    await ending.wait_for(lambda: not server.connections, min(WRITING, limit / 2))
 
 
 async def serve(config: Config, reread: Callable[[], Config] | None = None) -> None:

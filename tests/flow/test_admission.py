@@ -534,7 +534,7 @@ async def test_shadow_beside_an_enforced_one() -> None:
         ("10.00", "EUR", PRICE),
         ("", "USD", PRICE),
         ("free", "USD", PRICE),
-        ("0.0005", "USD", 0),
+        ("0.0005", "USD", 1),
     ],
 )
 async def test_price(price: str, currency: str, spent: int) -> None:

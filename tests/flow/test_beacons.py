@@ -3,7 +3,7 @@
 import string
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -142,6 +142,21 @@ async def test_expired() -> None:
         assert "late" == in_time
         assert "forged" == await beacons.take(tokens[1])
         assert Level(5, 0) == await world.spent()
+
+
+async def test_older_than_memory() -> None:
+    """A beacon is not taken any more when what it counts may have been forgotten."""
+    async with a_world() as world:
+        beacons = world.beacons()
+        [first, second] = [
+            beacons.url("", [replace(a_hold(each), keep_ms=1_800_000)]) for each in ("o", "p")
+        ]
+        world.now[0] += 1_800
+        assert "late" == await beacons.take(token_of(first))
+        world.now[0] += 1
+
+        assert "forged" == await beacons.take(token_of(second))
+        assert 5 == (await world.spent()).counted
 
 
 async def test_one_of_two_is_late() -> None:

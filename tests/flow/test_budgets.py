@@ -27,22 +27,25 @@ def priced(value: str, model: str = "cpm", currency: str = "USD") -> AdFacts:
         ("2.50", 2_500),
         ("3", 3_000),
         ("0.001", 1),
-        ("0.0004", 0),
-        ("0.0005", 0),
+        ("0.0004", 1),
+        ("0.0005", 1),
         ("0.0015", 2),
         ("0", 0),
         ("1000000", 1_000_000_000),
     ],
 )
 def test_price_of_an_impression(cpm: str, price: int) -> None:
-    """A CPM costs a thousandth of itself for each impression, to the nearest micro-unit."""
+    """A CPM costs a thousandth of itself for each impression, to the nearest micro-unit but 0."""
     assert price == per_impression(Decimal(cpm))
 
 
 @given(st.decimals(0, MAX_PRICE, allow_nan=False, places=10))
 def test_any_price(cpm: Decimal) -> None:
-    """A price is never off by more than half a micro-unit."""
-    assert abs(per_impression(cpm) - cpm * 1000) <= Decimal("0.5")
+    """A price is never off by more than half a micro-unit, and none is free that is not."""
+    price = per_impression(cpm)
+
+    assert abs(price - cpm * 1000) <= Decimal("0.5") or (price == 1 and 0 < cpm < 1)
+    assert bool(cpm) == bool(price)
 
 
 @pytest.mark.parametrize(

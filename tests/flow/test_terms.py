@@ -36,13 +36,14 @@ def test_nothing() -> None:
     """A route without caps and budget has no terms."""
     found = terms(a_route(), 60)
 
-    assert Terms(keep_ms=120_000) == found
+    assert Terms(keep_ms=3_600_000) == found
     assert not found
 
 
 def test_operations_are_remembered_longer_than_their_beacons() -> None:
-    """A counted ad is remembered until a minute after its beacon has expired."""
-    assert 86_400_000 + 60_000 == terms(a_route(), 86_400).keep_ms
+    """A counted ad is remembered twice as long as its beacon is taken, and an hour at least."""
+    assert 3_600_000 == terms(a_route(), 60).keep_ms
+    assert 2 * 604_800_000 == terms(a_route(), 604_800).keep_ms
 
 
 def test_cap_by_default() -> None:

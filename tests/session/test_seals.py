@@ -154,11 +154,11 @@ def test_expiry() -> None:
 
 
 def test_clocks_that_differ() -> None:
-    """A clock that is a minute behind opens what another has sealed; further behind it does not."""
+    """A clock that is behind opens what another has sealed, however far it is."""
     token = SEAL.close(CONTENT, NOW)
 
     assert accepted(token, now=NOW - 60)
-    assert not accepted(token, now=NOW - 61)
+    assert accepted(token, now=NOW - 3_600)
 
 
 def sealed(body: bytes) -> str:

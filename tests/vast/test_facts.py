@@ -219,6 +219,7 @@ def test_campaign_of_the_inline_goes_first() -> None:
         ("25", "<![CDATA[ 25 ]]>"),
         ("0", "0"),
         ("0.5", ".5"),
+        ("1", "+1"),
         ("3", "3."),
         ("7", "007"),
         ("1000000", str(MAX_PRICE)),
@@ -233,7 +234,7 @@ def test_price(value: str, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("-1", "+1", "1e3", "NaN", "Infinity", "sNaN", "1,5", "$2", "2 USD", "1_000", "٣", "0x1"),
+        *("-1", "++1", "1e3", "NaN", "Infinity", "sNaN", "1,5", "$2", "2 USD", "1_000", "٣", "0x1"),
         *("1000000.01", "9" * 20, "1" * 5000, "0." + "1" * 21, ".", "TJ2BTGAACsMK", "[PRICE]"),
     ],
 )

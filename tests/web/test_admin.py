@@ -53,3 +53,27 @@ async def test_metrics(aiohttp_client: AiohttpClient) -> None:
     first, second = await client.get("/metrics"), await client.get("/metrics")
     assert [b"a 1\n", b"a 2\n"] == [await first.read(), await second.read()]
     assert "text/plain" == first.content_type
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:8081", 200),
+        ("127.0.0.1:8081", 200),
+        ("[::1]:8081", 200),
+        ("evil.example", 421),
+        ("evil.example:8081", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[evil", 421),
+    ],
+)
+async def test_names_that_lead_here_by_trickery(
+    aiohttp_client: AiohttpClient, host: str, status: int
+) -> None:
+    """A page whose own name leads to the listener reads nothing of it."""
+    client = await aiohttp_client(admin_app(lambda: True, metrics=lambda: b""))
+
+    answers = [await client.get(path, headers={"Host": host}) for path in ("/metrics", "/readyz")]
+    assert [status, status] == [each.status for each in answers]

@@ -297,7 +297,7 @@ class Server(Settings):
         "first seals and all open; []: one is made at start.",
     )
     beacon_ttl: Annotated[Duration, lasting("1m", "7d")] = setting(
-        "24h", "How long the URL that says that an ad was shown is taken; 1m to 7d."
+        "6h", "How long the URL that says that an ad was shown is taken; 1m to 7d."
     )
     public_url: Annotated[str, AfterValidator(_public_url)] | None = setting(
         None, "The URL under which players reach the proxy; null: as each request came in."
@@ -550,7 +550,7 @@ class Config(Settings):
         "redis+cluster://, rediss+cluster://, sqlite:///file or postgresql://.",
     )
     state_timeout: Annotated[Duration, lasting("1ms", "5s")] = setting(
-        "50ms", "The longest that an ad request waits for the state in all; 1ms to 5s."
+        "50ms", "The longest that an ad request waits for an answer of the state; 1ms to 5s."
     )
     journal: Directory | None = setting(
         None,

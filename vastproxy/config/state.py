@@ -39,6 +39,8 @@ Mode = Literal["enforce", "shadow", "off"]
 
 MAX_LIMIT: Final = 1_000_000_000
 """Ads. Nobody sees so many; the sum of all reservations stays exact in a double."""
+MAX_CAPS: Final = 20
+"""Caps of one route: a beacon names their counters, and players take URLs of 2,000 characters."""
 LEAST_CPM: Final = Decimal("0.001")
 """Units of a currency: a thousandth of it is a millionth, the smallest amount that is counted."""
 NAME_PATTERN = r"^[A-Za-z0-9_.:-]{1,100}$"
@@ -263,7 +265,11 @@ def check_cap(cap: FrequencyCap, *, mode: str, has_viewer: bool) -> None:
 
 
 def check_each_once(caps: Sequence[FrequencyCap], upstreams: Iterable[str]) -> None:
-    """Raise ValueError if two of a route's *caps* have one name, or one meaning."""
+    """Raise ValueError if a route has too many *caps*, or two of one name or one meaning."""
+    if len(caps) > MAX_CAPS:
+        raise ValueError(
+            f"{len(caps)} caps are more than fit into an address (write {MAX_CAPS} or fewer)"
+        )
     everywhere = frozenset(upstreams)
     names: dict[str, int] = {}
     meanings: dict[object, int] = {}

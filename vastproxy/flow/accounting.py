@@ -11,6 +11,8 @@ from vastproxy.session.viewer_cookies import ViewerCookies
 from vastproxy.state.base import Account
 from vastproxy.state.guard import GuardedState
 
+FOR_EVER = float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
@@ -23,10 +25,18 @@ class Accounting:
     is_public_suffix: Callable[[str], bool]
     now: Callable[[], float]
 
-    def admission(self, terms: Terms, viewer: str) -> Admission:
-        """Begin to decide on the ads for the viewer with the id *viewer*, empty for nobody."""
-        name = self.names.name(viewer)
-        return Admission(terms, name, self.state, self.leases, lambda: int(self.now() * 1000))
+    def admission(self, terms: Terms, viewer: str, deadline: float = FOR_EVER) -> Admission:
+        """
+        Begin to decide on the ads for the viewer with the id *viewer*, empty for nobody.
+
+        From *deadline* on, on the loop's clock, nothing is asked any more.
+        """
+        return Admission(
+            terms, self.names.name(viewer), self.state, self.leases, self._milliseconds, deadline
+        )
+
+    def _milliseconds(self) -> int:
+        return int(self.now() * 1000)
 
     def cookies(self, viewer: str, ttl: float) -> ViewerCookies | None:
         """Give the kept cookies of *viewer*, which live for *ttl* seconds; None for nobody."""

@@ -134,9 +134,10 @@ class AdServer:
         await self.close()
 
     async def _serve(self, asked: "_Asked") -> AdResponse:
-        if self._accounting is None or not (asked.route.terms or asked.route.cookie_ttl):
+        if self._accounting is None or not asked.route.counts:
             return await self._answer(asked)
-        async with self._accounting.admission(asked.route.terms, asked.viewer) as asked.admission:
+        terms, deadline = asked.route.terms, asked.deadline
+        async with self._accounting.admission(terms, asked.viewer, deadline) as asked.admission:
             await self._load_cookies(self._accounting, asked)
             answer = await self._answer(asked)
             self._save_cookies(self._accounting, asked)
@@ -180,10 +181,8 @@ class AdServer:
 
     def _sessions(self, asked: "_Asked") -> Iterable[VastSession]:
         """Open a session at each upstream in turn, while the deadline leaves time to ask."""
-        route, request = asked.route, asked.request
-        jar = self._factory.jar()
-        clock = asyncio.get_running_loop().time
-        deadline = (clock() if request.received is None else request.received) + route.deadline
+        route, jar = asked.route, self._factory.jar()
+        clock, deadline = asyncio.get_running_loop().time, asked.deadline
         for upstream in route.upstreams:
             spent = asked.trace.begun >= route.policy.max_fetches
             if deadline - clock() < WORTH_ASKING or spent:
@@ -191,7 +190,7 @@ class AdServer:
             yield self._factory.open_session(
                 asked.context,
                 upstream,
-                request=_facts(asked, upstream, deadline),
+                request=_facts(asked, upstream),
                 jar=jar,
                 trace=asked.trace,
                 timestamp=upstream.settings.timestamp,
@@ -297,6 +296,13 @@ class _Asked:
     trace: Trace = field(default_factory=Trace)
     admission: Admission | None = None
     cookies: ViewerCookies | None = None
+    deadline: float = field(init=False)
+    """On the loop's clock, in seconds."""
+
+    def __post_init__(self) -> None:
+        received = self.request.received
+        began = asyncio.get_running_loop().time() if received is None else received
+        self.deadline = began + self.route.deadline
 
     async def may_ask(self, session: VastSession) -> bool:
         """Tell whether caps and budget leave anything to ask the session's upstream for."""
@@ -316,7 +322,7 @@ def _pings(session: VastSession, report: Report) -> Iterator[Ping]:
         yield Ping(url, session.device_headers, session.context.request_id)
 
 
-def _facts(asked: _Asked, upstream: VastUpstream, deadline: float) -> Request:
+def _facts(asked: _Asked, upstream: VastUpstream) -> Request:
     route, request = asked.route, asked.request
     return Request(
         request,
@@ -324,6 +330,6 @@ def _facts(asked: _Asked, upstream: VastUpstream, deadline: float) -> Request:
         forward_query=forwarded(route, request.query.raw, upstream.taken_parameters),
         correlator_params=route.correlator_params,
         macros=macro_values(route, request, asked.viewer) if route.macros else {},
-        deadline=deadline,
+        deadline=asked.deadline,
         viewer_jar=asked.cookies.jar if asked.cookies else None,
     )

@@ -10,6 +10,7 @@ Rule 2: where the state is away, caps let everything through, and budgets do as 
 Rule 3: an ad has an operation id of its own, random, so that nobody can claim another's.
 """
 
+import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,8 @@ class Admission:
     """
     Decides on the ads of one ad request.
 
-    *viewer* is the viewer's name in the state, empty for nobody; *now* gives Unix milliseconds.
+    *viewer* is the viewer's name in the state, empty for nobody; *now* gives Unix milliseconds;
+    from *deadline* on, on the loop's clock, ads that are not judged yet are refused.
     """
 
     def __init__(
@@ -88,8 +90,10 @@ class Admission:
         state: GuardedState,
         leases: Leases,
         now: Callable[[], int],
+        deadline: float = float("inf"),
     ) -> None:
         self._terms = terms
+        self._deadline = deadline
         self._viewer = Account("viewer", viewer) if viewer else None
         self._state = state
         self._leases = leases
@@ -103,6 +107,7 @@ class Admission:
         self._entry_claims: list[Claimed] = []
         self._entry_is_free = True
         self._pod = PodCount(())
+        self._needs_facts = bool(terms.budget) or any(each.waits_for_ad for each in terms.caps)
         self._granted: dict[Ad, Granted] = {}
         self.flags: dict[str, None] = {}
         """What happened, in the access log's words."""
@@ -192,7 +197,10 @@ class Admission:
 
     async def _admit(self, ad: ResolvedAd) -> str:
         """Reserve what *ad* needs; give the reason why it is refused, empty for none."""
-        facts = facts_of(ad)
+        if asyncio.get_running_loop().time() >= self._deadline:
+            self._note("no time was left to ask for an ad's room", "no_time")
+            return self.reasons[-1]
+        facts = facts_of(ad) if self._needs_facts else AdFacts()
         before = len(self.reasons)
         granted = Granted()
         if await self._fits_caps(facts, granted) and await self._is_paid(facts, granted):

@@ -61,12 +61,19 @@ class Beacons:
         """Count what *token* says, once; tell what came of it."""
         now = self._now()
         try:
-            content = self._seal.open(token.removesuffix(SUFFIX), now, self._ttl)
-            holds = loaded(content, int(now * 1000))
+            holds = self._opened(token.removesuffix(SUFFIX), now)
         except (TokenError, StateBackendError) as error:
             self._log.info("beacon.refused", problem=str(error))
             return "forged"
         return _worst(await self._state.confirm(holds))
+
+    def _opened(self, token: str, now: float) -> list[Hold]:
+        holds = loaded(self._seal.open(token, now, self._ttl), int(now * 1000))
+        # A longer time for beacons, after a reload, is none for those of before: what they count
+        # may have been counted, and forgotten.
+        if self._seal.age(token, now) * 1000 > min(each.keep_ms for each in holds):
+            raise TokenError("this token is older than what is remembered")
+        return holds
 
     def __repr__(self) -> str:
         return f"<Beacons {self._seal!r}, {self._state!r}>"

@@ -65,5 +65,9 @@ class Budget:
 
 
 def per_impression(cpm: Decimal) -> int:
-    """Give the price of one impression at *cpm* units of currency a thousand, in micro-units."""
-    return micros(cpm / PER_THOUSAND)
+    """
+    Give the price of one impression at *cpm* units of currency a thousand, in micro-units.
+
+    What costs anything costs one at the least: nothing that has a price is free.
+    """
+    return max(1, micros(cpm / PER_THOUSAND)) if cpm else 0

@@ -39,12 +39,16 @@ class Route:
     macros: tuple[tuple[str, Template], ...] = ()
     terms: Terms = field(default_factory=Terms)
     """What its ads have to keep to."""
+    cookie_ttl: float = field(init=False, default=0.0)
+    """Seconds that viewers' cookies are kept; 0: no upstream wants them kept."""
+    counts: bool = field(init=False, default=False)
+    """Whether anything of its requests is kept in the state."""
 
-    @property
-    def cookie_ttl(self) -> float:
-        """Seconds that viewers' cookies are kept; 0: no upstream wants them kept."""
+    def __post_init__(self) -> None:
         kept = [each.settings for each in self.upstreams if each.settings.cookies == "viewer"]
-        return max((each.cookie_ttl for each in kept), default=0.0)
+        ttl = max((each.cookie_ttl for each in kept), default=0.0)
+        object.__setattr__(self, "cookie_ttl", ttl)
+        object.__setattr__(self, "counts", bool(self.terms or ttl))
 
 
 class Router:

@@ -9,6 +9,9 @@ from vastproxy.flow.caps import Cap
 from vastproxy.state.base import micros
 from vastproxy.state.windows import Span
 
+LEAST_KEPT_MS = 3_600_000
+"""How long at least an ad that was counted is remembered."""
+
 
 def terms(route: RouteConfig, beacon_ttl: float) -> Terms:
     """Give the terms of *route*, whose beacons are taken for *beacon_ttl* seconds."""
@@ -18,8 +21,9 @@ def terms(route: RouteConfig, beacon_ttl: float) -> Terms:
     return Terms(
         caps=caps,
         budget=_budget(route, budget) if budget is not None and has_budget else None,
-        # A token expires at its time and is forgotten a little later: never the other way round.
-        keep_ms=_ms(beacon_ttl) + 60_000,
+        # A token expires first, and is forgotten later: its last confirmation may have waited in
+        # the journal for an outage to end.
+        keep_ms=max(2 * _ms(beacon_ttl), LEAST_KEPT_MS),
     )
 
 

@@ -36,8 +36,8 @@ _CAMPAIGN_NAMES = frozenset({"campaign", "campaignid"})
 _UNKNOWN = frozenset({"", "unknown"})
 """What VAST 4.3 section 3.7.1 has for a creative without an id or without a registry."""
 
-# xs:decimal without a sign. Longer ones are no prices, and float's words are none either.
-_DECIMAL = re.compile(r"(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+# xs:decimal, but for negative ones. Longer ones are no prices, and float's words are none either.
+_DECIMAL = re.compile(r"\+?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,17 @@
 """The operator's side: is it alive, may it get traffic, and what has it done."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
+
+from vastproxy.model import clean
+from vastproxy.web.handlers import is_local
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def admin_app(
@@ -30,12 +38,38 @@ def admin_app(
             return web.json_response({"status": "ready", **more})
         return web.json_response({"status": "not ready", **more}, status=503)
 
-    app = web.Application()
+    app = web.Application(middlewares=[_known_host])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     if metrics is not None:
         app.router.add_get("/metrics", _metrics_handler(metrics))
     return app
+
+
+@web.middleware
+async def _known_host(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """
+    Refuse requests that name a host which no operator uses for this listener.
+
+    A page in the operator's browser could have its own name lead here (DNS rebinding), and then
+    read and delete as the operator can. By an address, or as ``localhost``, none can.
+    """
+    host = clean(request.headers.get("Host", ""))
+    if is_local(request) or _is_plain(host):
+        return await handler(request)
+    return web.json_response(
+        {"error": f"{host!r} is no name for this listener (ask it as localhost, or by IP)"},
+        status=HTTPStatus.MISDIRECTED_REQUEST,
+    )
+
+
+def _is_plain(host: str) -> bool:
+    """Whether *host* (and maybe a port) is an address, ``localhost``, or nothing at all."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in {"", "localhost"} or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def _metrics_handler(

@@ -34,7 +34,7 @@ def ad_request(
     """Read what the flow needs of *request*; *received* is a time on the loop's clock."""
     peer = request.remote or ""
     # Of a connection that was reset at once, there is no address either: that is no Unix socket.
-    believed = _is_trusted(peer, trusted) if peer else _is_local(request)
+    believed = _is_trusted(peer, trusted) if peer else is_local(request)
     return AdRequest(
         route=route,
         rest=clean(rest),
@@ -69,7 +69,7 @@ def _is_trusted(peer: str, trusted: Networks) -> bool:
     return any(address in network for network in trusted)
 
 
-def _is_local(request: web.BaseRequest) -> bool:
+def is_local(request: web.BaseRequest) -> bool:
     """Whether *request* came over a Unix socket: who may open it is trusted."""
     opened = request.transport.get_extra_info("socket") if request.transport else None
     return opened is not None and opened.family == socket.AF_UNIX
@@ -193,7 +193,7 @@ def public_base(request: web.BaseRequest, trusted: Networks) -> str:
     """
     scheme, host = request.scheme, request.headers.get(hdrs.HOST, "")
     peer = request.remote or ""
-    if _is_trusted(peer, trusted) if peer else _is_local(request):
+    if _is_trusted(peer, trusted) if peer else is_local(request):
         scheme = _first(request.headers.get("X-Forwarded-Proto", "")).lower() or scheme
         host = _first(request.headers.get("X-Forwarded-Host", "")) or host
     if not _HOST.fullmatch(host):
