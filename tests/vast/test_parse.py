@@ -315,6 +315,12 @@ def test_charset_of_http_is_weak() -> None:
         (False, b'<?xml version="1.0" encoding="iso-8859-1"?><VAST/>'),
         (False, b"<VAST>\xe9</VAST>"),
         (False, "<VAST/>".encode("utf-16")),
+        (True, b"<?xml version='1.0' standalone='yes' ?><VAST/>"),
+        (True, b'\xef\xbb\xbf<?xml version="1.1"?><VAST/>'),
+        (False, b'<?xml <?xml version="1.0" encoding="UTF-8"?>\n<VAST/>'),
+        (False, b"<?xml nonsense?><VAST/>"),
+        (False, b"<?xml version='1.0' standalone='maybe'?><VAST/>"),
+        (False, b'<?xml encoding="UTF-8"?><VAST/>'),
     ],
 )
 def test_is_plain(plain: bool, data: bytes) -> None:  # noqa: FBT001 - a column of the table

@@ -33,6 +33,12 @@ MAX_PREFIXES = 32
 """Undeclared namespace prefixes that are declared for a document; the wild has one or two."""
 
 _BLANK = b" \t\r\n"
+_DECLARED = re.compile(rb"(?:\xef\xbb\xbf)?<\?xml[ \t\r\n]")
+_WELL_DECLARED = re.compile(
+    rb"(?:\xef\xbb\xbf)?<\?xml\s+version\s*=\s*(['\"])1\.[0-9]+\1"
+    rb"(?:\s+encoding\s*=\s*(['\"])[A-Za-z][A-Za-z0-9._-]*\2)?"
+    rb"(?:\s+standalone\s*=\s*(['\"])(?:yes|no)\3)?\s*\?>"
+)
 _DECLARATION = re.compile(
     rb"<\?xml[ \t\r\n][^>]{0,200}?encoding[ \t\r\n]*=[ \t\r\n]*"
     rb"[\"']([A-Za-z][A-Za-z0-9._-]{0,30})[\"']"
@@ -128,9 +134,15 @@ def parse(
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether *data* is UTF-8 and says nothing else of itself: it may be passed on as it is."""
+    """
+    Whether *data* is UTF-8 and says nothing else of itself: it may be passed on as it is.
+
+    A declaration that is none by XML 1.0 section 2.8 is forgiven when reading, not when passing on.
+    """
     match = _DECLARATION.match(data)
     if match is not None and match[1].decode().lower() not in _UTF8:
+        return False
+    if _DECLARED.match(data) and not _WELL_DECLARED.match(data):
         return False
     try:
         data.decode()
