@@ -637,20 +637,39 @@ async def test_budget_in_the_shadow() -> None:
 # --- Without the state --------------------------------------------------------------------------
 
 
-async def test_caps_let_through_without_the_state() -> None:
-    """Where the state is away, caps let everything through, and count it when it is back."""
-    cap = a_cap(1)
+async def test_caps_without_the_state() -> None:
+    """Where the state is away, caps count here from nothing, and there when it is back."""
+    cap = a_cap(2)
     async with a_world() as world:
+        [shown] = await one_request(world.admission(cap))
+        await world.state.confirm(shown)
         world.backend.away = True
-        admissions = [world.admission(cap) for _ in range(3)]
+        admissions = [world.admission(cap) for _ in range(4)]
         answers = [await one_request(each) for each in admissions]
-        for [holds] in answers:
-            assert ["deferred"] == await world.state.confirm(holds)
+        for holds in answers[:2]:
+            assert ["deferred"] == await world.state.confirm(holds[0])
+        late = await one_request(world.admission(cap))
         world.backend.away = False
         await settled(world)
 
-        assert [["state_away"]] * 3 == [list(each.flags) for each in admissions]
+        assert [1, 1, 0, 0] == [len(each) for each in answers]
+        assert not late
+        assert ["state_away"] == list(admissions[0].flags)
+        assert ["state_away", "capped"] == list(admissions[3].flags)
         assert (3, 0) == await world.level(cap)
+        assert not await one_request(world.admission(cap))
+
+
+async def test_what_is_given_back_without_the_state() -> None:
+    """What is reserved here while the state is away, and not served, is free for the next."""
+    cap = a_cap(1)
+    async with a_world() as world:
+        world.backend.away = True
+        async with world.admission(cap) as admission:
+            assert await admission.before("main")
+        [holds] = await one_request(world.admission(cap))
+
+        assert 1 == len(holds)
 
 
 async def settled(world: World) -> None:

@@ -78,3 +78,16 @@ async def test_state_that_cannot_be_used_is_told_each_time() -> None:
     await made.open()
 
     assert 3 == state.pings
+
+
+async def test_end_leaves_nothing_behind() -> None:
+    """After the end nobody looks for a state that is away, and the state is the caller's still."""
+    state = AwayState("ping")
+    made = Embedded([an_upstream()], state, None)
+    before = asyncio.all_tasks()
+    await made.open()
+    looking = [each.get_name() for each in asyncio.all_tasks() - before]
+    await made.close()
+
+    assert ["state: look"] == looking
+    assert set() == asyncio.all_tasks() - before

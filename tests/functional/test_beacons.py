@@ -139,7 +139,6 @@ def forged() -> dict[str, str]:
         "of another deployment": sealed("spring", secret="another secret"),  # noqa: S106
         "of another purpose": sealed("spring", purpose="hop"),
         "expired": sealed("spring", age=TTL + 2),
-        "from the future": sealed("spring", age=-3600),
         "random": f"/beacon/{secrets.token_urlsafe(60)}",
         "empty": "/beacon/",
         "a picture of nothing": "/beacon/.gif",

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.state.base import Account, Booking, Claim, Hold, Level, Verdict, money
-from vastproxy.state.guard import MAX_BATCH, GuardedState, Telling
+from vastproxy.state.guard import MAX_BATCH, MAX_WAITING, TURNS, GuardedState, Telling
 from vastproxy.state.journal import Journal
 from vastproxy.state.memory import InMemoryBackend
 
@@ -39,9 +39,12 @@ class Scripted(InMemoryBackend):
         self.calls: list[tuple[str, int]] = []
         """Names, and how many holds."""
         self.closed = 0
+        self.flushes = 0
         self.pings = 0
         self.wrong = ""
         """What a look finds wrong that will not pass by itself."""
+        self.fails: Exception | None = None
+        """What a look fails with that no backend should."""
 
     async def _called(self, name: str, holds: Sequence[Hold]) -> None:
         self.calls.append((name, len(holds)))
@@ -86,6 +89,12 @@ class Scripted(InMemoryBackend):
             raise StateAwayError("gone")
         if self.wrong:
             raise StateBackendError(self.wrong)
+        if self.fails is not None:
+            raise self.fails
+
+    async def flush(self) -> None:
+        """Count how often."""
+        self.flushes += 1
 
     async def close(self) -> None:
         """Count the ends."""
@@ -286,6 +295,19 @@ async def test_local_backend_is_asked_directly() -> None:
         assert 1 == len(state._tasks)
 
 
+async def test_local_backend_needs_no_turn() -> None:
+    """However many other calls are under way, a backend that never waits is asked at once."""
+    backend = Scripted()
+    async with guarded(backend, local=True, timeout=0.01) as state:
+        for _ in range(TURNS):
+            await state._turns.acquire()
+        await state.void([a_hold()])
+        await state.write_items(SPRING, {"k": "v"}, 60)
+
+        assert {"k": "v"} == await state.read_items(SPRING)
+        assert [1] == backend.named("void")
+
+
 async def test_void_that_fails_is_forgotten() -> None:
     """What cannot be given back frees itself: nobody is told, and nothing is asked for nothing."""
     backend = Scripted()
@@ -357,6 +379,69 @@ async def test_largest_call() -> None:
             backend.gate.set()
 
         assert [1, MAX_BATCH, MAX_BATCH // 2, MAX_BATCH + 1] == backend.named("reserve")
+
+
+async def test_burst_behind_a_slow_call() -> None:
+    """A thousand reservations that wait for one slow call are all decided, and exactly."""
+    backend = Scripted()
+    async with guarded(backend) as state:
+        backend.gate.clear()
+        async with asyncio.TaskGroup() as group:
+            asked = [
+                group.create_task(state.reserve([a_hold(f"{at}", 1, 3)])) for at in range(1000)
+            ]
+            await turns()
+            backend.gate.set()
+
+        assert 3 == sum(task.result()[0].granted for task in asked)
+        assert state.available
+
+
+async def test_too_many_wait() -> None:
+    """Who finds too many before it is told at once; that says nothing against the backend."""
+    backend = Scripted()
+    async with guarded(backend) as state:
+        backend.gate.clear()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(state.reserve([a_hold("under way")]))
+            await turns()
+            many = [a_hold(f"{at}") for at in range(MAX_WAITING)]
+            for half in (many[: MAX_WAITING // 2], many[MAX_WAITING // 2 :]):
+                group.create_task(state.reserve(half))
+            await turns()
+            async with asyncio.timeout(1):
+                with pytest.raises(StateAwayError, match=r"^too many calls wait for the state"):
+                    await state.reserve([a_hold("one too many")])
+            available = state.available
+            backend.gate.set()
+
+        assert available
+        assert [Verdict(granted=True)] == await state.reserve([a_hold("later")])
+
+
+async def test_too_many_confirmations_wait() -> None:
+    """Confirmations for which there is no room go to the journal, and count, all of them once."""
+    backend = Scripted()
+    async with guarded(backend) as state:
+        backend.gate.clear()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(state.confirm([a_hold("under way")]))
+            await turns()
+            group.create_task(state.confirm([a_hold(f"{at}") for at in range(MAX_WAITING)]))
+            await turns()
+            async with asyncio.timeout(2):
+                for at in range(300):
+                    deferred = await state.confirm([a_hold(f"more {at}")])
+            background = len(state._tasks)
+            backend.gate.set()
+        await wait_until(lambda: not len(state.journal))
+        await turns()
+
+        assert ["deferred"] == deferred
+        assert 1 + MAX_WAITING + 300 == await backend.spent()
+        # The sweep, the lane, who writes the journal, and who waits to do so.
+        assert 4 >= background
+        assert 2 >= backend.flushes
 
 
 async def test_who_goes_disturbs_nobody() -> None:
@@ -458,6 +543,62 @@ async def test_confirmation_waits_for_the_return() -> None:
         assert (False, [False], [1, 2, 3], 1) == found
         assert 6 == await backend.spent()
         assert ([False, True], 0, 0) == (there, waiting[-1], len(state.journal))
+
+
+async def test_replayed_beacon_takes_one_place() -> None:
+    """A beacon that is sent again and again during an outage leaves room for the others."""
+    backend = Scripted()
+    async with guarded(backend, journal=Journal(max_entries=10)) as state:
+        backend.away = True
+        for _ in range(50):
+            await state.confirm([a_hold("replayed")])
+        for at in range(9):
+            await state.confirm([a_hold(f"{at}")])
+        found = (len(state.journal), state.journal.dropped)
+        backend.away = False
+        await wait_until(lambda: state.available)
+
+        assert (10, 0) == found
+        assert 10 == await backend.spent()
+
+
+async def test_false_alarm_is_short() -> None:
+    """The first look is made at once; soon after a false alarm, it is not."""
+    backend = Scripted()
+    async with guarded(backend) as state:
+        state.goes_away("late")
+        await turns()
+        first = state.available
+        state.goes_away("late again")
+        await turns()
+        second = state.available
+        await wait_until(lambda: state.available)
+
+    assert (True, False) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("bad file"), "state.still_away"),
+        (TimeoutError(), "state.still_away"),
+        (StateBackendError("newer tables"), "state.still_away"),
+        (ZeroDivisionError("a mistake"), "state.look_failed"),
+    ],
+    ids=repr,
+)
+async def test_look_never_ends_before_the_return(error: Exception, told: str) -> None:
+    """Whatever a look fails with, it is looked again, and the state comes back."""
+    backend = Scripted()
+    async with guarded(backend) as state:
+        backend.fails = error
+        with capture_logs() as logs:
+            state.goes_away("late")
+            await wait_until(lambda: len(logs) > 2)
+        backend.fails = None
+        await wait_until(lambda: state.available)
+
+    assert ["state.away", told, told] == [each["event"] for each in logs]
 
 
 async def test_slow_backend_is_looked_at_less_and_less() -> None:
@@ -667,6 +808,19 @@ async def test_end_without_the_backend(tmp_path: Path) -> None:
     assert (1, "on disk") == (left["entries"], left["kept"])
     assert 3 == await again.spent()
     assert [] == files(tmp_path)
+
+
+async def test_stop() -> None:
+    """Its tasks end, and the backend stays open."""
+    backend = Scripted()
+    backend.away = True
+    state = GuardedState(backend)
+    await state.open()
+    assert 1 == len(state._tasks)
+    await state.stop()
+
+    assert 0 == len(state._tasks)
+    assert 0 == backend.closed
 
 
 async def test_repr() -> None:

@@ -1,11 +1,13 @@
 """What waits for the state backend is lost neither with a process nor with its last line."""
 
 import asyncio
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -288,8 +290,12 @@ async def test_full_disk(tmp_path: Path) -> None:
     assert ["a", "b", "c"] == operations(journal)
     assert before == torn
     assert [("journal.not_written", "error")] == [(e["event"], e["log_level"]) for e in logs]
-    with capture_logs():
+    with capture_logs() as logs:
         journal.close()
+    assert [("journal.left", 3, "on disk, but for 1")] == [
+        (e["event"], e["entries"], e["kept"]) for e in logs
+    ]
+    with capture_logs():
         again = Journal(tmp_path)
 
     assert ["a", "c"] == operations(again)
@@ -310,6 +316,173 @@ async def test_many_at_once(tmp_path: Path) -> None:
     assert {f"{at}{b}" for at in range(50) for b in ("", "b")} == set(operations(again))
     assert 100 == len(again)
     again.settled(100)
+    again.close()
+
+
+async def test_waits_once(tmp_path: Path) -> None:
+    """However often an operation is brought, it takes one place, in memory and on disk."""
+    journal = Journal(tmp_path, max_entries=3)
+    for _ in range(5):
+        await journal.add([a_hold("a"), a_hold("b"), a_hold("a")])
+    await journal.add([a_hold("b"), a_hold("c")])
+    await journal.add([Hold(Account("campaign", "other"), "a", (money(1),))])
+
+    assert ["a", "b", "c"] == operations(journal)
+    assert 1 == journal.dropped
+    with capture_logs():
+        journal.close()
+        again = Journal(tmp_path)
+    assert ["a", "b", "c"] == operations(again)
+    await again.add([a_hold("c")])
+    assert 3 == len(again)
+    again.settled(3)
+    await again.add([a_hold("c")])
+    assert ["c"] == operations(again)
+    with capture_logs():
+        again.close()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator["Disk"]:
+    """Give a disk that takes as long as the test likes."""
+    disk = Disk()
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    yield disk
+    disk.ready.set()
+
+
+class Disk:
+    """Is ready when the test says so, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.asked = 0
+        self.broken = False
+
+    def fsync(self, _file: int) -> None:
+        """Wait until the disk is ready."""
+        self.asked += 1
+        self.ready.wait(10)
+        if self.broken:
+            raise OSError("broken")
+
+
+async def turns() -> None:
+    """Let others run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_who_brings_it_again_waits_for_the_disk(tmp_path: Path, disk: Disk) -> None:
+    """An operation that is brought again is not told to be safe before it is, whoever goes."""
+    journal = Journal(tmp_path)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(journal.add([a_hold("a")]))
+        await turns()
+        again = group.create_task(journal.add([a_hold("a")]))
+        await turns()
+        found = (first.done(), again.done())
+        first.cancel()
+        await turns()
+        waits = not again.done()
+        disk.ready.set()
+    await journal.add([a_hold("a")])
+
+    assert (False, False) == found
+    assert waits
+    assert 1 == disk.asked
+    journal.settled(1)
+    journal.close()
+
+
+async def test_one_fsync_for_all_who_wait(tmp_path: Path, disk: Disk) -> None:
+    """While the disk is busy, others gather, and the next fsync is for all of them."""
+    journal = Journal(tmp_path)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(journal.add([a_hold("first")]))
+        await turns()
+        rest = [group.create_task(journal.add([a_hold(f"{at}")])) for at in range(200)]
+        await turns()
+        done = [each for each in rest if each.done()]
+        disk.ready.set()
+
+    assert [] == done
+    assert 2 == disk.asked
+    assert 201 == len(journal)
+    journal.settled(201)
+    journal.close()
+
+
+async def test_broken_disk(tmp_path: Path, disk: Disk) -> None:
+    """A disk that fails costs those who wait their safety, is told, and is asked again later."""
+    journal = Journal(tmp_path)
+    disk.broken = True
+    disk.ready.set()
+    with capture_logs() as logs:
+        await journal.add([a_hold("a")])
+    disk.broken = False
+    await journal.add([a_hold("b")])
+
+    assert [("journal.not_written", "broken")] == [(e["event"], e["problem"]) for e in logs]
+    assert 2 == disk.asked
+    assert ["a", "b"] == operations(journal)
+    journal.settled(2)
+    journal.close()
+
+
+async def test_file_that_cannot_be_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files cannot be emptied or removed, that is told, and the journal goes on."""
+    (tmp_path / "1-1.jsonl").write_text(f"{dumped([a_hold('a')])}\n")
+    with capture_logs():
+        journal = Journal(tmp_path)
+
+    def fail(*_: object, **_named: object) -> None:
+        """Fail as a disk does."""
+        raise OSError("read only")
+
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(os, "ftruncate", fail)
+        patched.setattr(Path, "unlink", fail)
+        journal.settled(1)
+        journal.close()
+    own = [each for each in files(tmp_path) if each.name != "1-1.jsonl"]
+
+    assert [str(own[0]), str(tmp_path / "1-1.jsonl"), str(own[0])] == [e["at"] for e in logs]
+    assert {("journal.not_emptied", "error")} == {(e["event"], e["log_level"]) for e in logs}
+    with capture_logs():
+        again = Journal(tmp_path)
+    assert ["a"] == operations(again)
+    again.settled(1)
+    again.close()
+    assert [] == files(tmp_path)
+
+
+async def test_file_that_was_removed_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process took over a file that is being made, and removed it, one is made."""
+    others: list[Journal] = []
+    lock = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        """Lock; let another process start before the first time."""
+        if not others:
+            monkeypatch.setattr(fcntl, "flock", lock)
+            others.append(Journal(tmp_path))
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal = Journal(tmp_path)
+    await journal.add([a_hold("kept")])
+    others[0].close()
+    [path] = files(tmp_path)
+    assert "kept" in path.read_text()
+    with capture_logs():
+        journal.close()
+        again = Journal(tmp_path)
+
+    assert ["kept"] == operations(again)
+    again.settled(1)
     again.close()
 
 

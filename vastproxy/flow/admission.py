@@ -6,7 +6,7 @@ the budget is looked at; when ads have come, each is judged by who it is and wha
 the answer is made, what it holds is counted, or left to its beacon; the rest is given back.
 
 Rule 1: what is reserved belongs to the request's :class:`Reservations`, which forget nothing.
-Rule 2: where the state is away, caps let everything through, and budgets do as they say.
+Rule 2: where the state is away, caps count in this process alone, and budgets do as they say.
 Rule 3: an ad has an operation id of its own, random, so that nobody can claim another's.
 """
 
@@ -165,7 +165,7 @@ class Admission:
         if budget is None or not budget.covers(upstream) or not budget.enforced:
             return True
         price = max(budget.price or 0, 1)
-        if budget.on_state_loss == "lease" and self._leases.has(budget.campaign, price):
+        if budget.on_state_loss == "lease" and self._leases.has(budget, price):
             return True
         try:
             [level] = await self._state.levels(budget.account, [budget.claim(0)])
@@ -268,7 +268,7 @@ class Admission:
         if not price:
             return True
         if budget.on_state_loss == "lease" and budget.enforced:
-            lease = self._leases.take(budget.campaign, price)
+            lease = self._leases.take(budget, price)
             if lease:
                 granted.leased = (budget.campaign, lease, price)
                 hold = self._hold(budget.account, (budget.claim(price),), budget.ttl_ms, lease)
@@ -309,9 +309,9 @@ class Admission:
         try:
             verdicts = await self._reservations.reserve(holds)
         except StateBackendError:
-            # Served all the same, and counted when it is shown: the ids are known to nobody else.
+            # Counted here meanwhile, and where it belongs when it is shown: the ids are the same.
             self.flags["state_away"] = None
-            verdicts = [Verdict(granted=True) for _ in holds]
+            verdicts = await self._state.reserve_meanwhile(holds)
         refused = False
         for each, hold, verdict in zip(wanted, holds, verdicts, strict=True):
             refused |= not self._taken(each, hold, verdict, granted)

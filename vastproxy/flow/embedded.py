@@ -126,12 +126,15 @@ class Embedded:
         )
 
     async def close(self) -> None:
-        """Let reports end, and write what the state has still to be told."""
+        """Let reports end, and write what the state has still to be told; it stays open."""
         await self.tasks.wait_idle(FLUSH_TIMEOUT)
-        async with self.tasks:
-            if len(self._state.journal):
-                await self._write_journal()
-            await self._state.flush()
+        try:
+            async with self.tasks:
+                if len(self._state.journal):
+                    await self._write_journal()
+                await self._state.flush()
+        finally:
+            await self._state.stop()
 
     async def _write_journal(self) -> None:
         """Count what was served while the state was away; if it still is, that is lost here."""

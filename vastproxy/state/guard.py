@@ -27,11 +27,15 @@ from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.observe.tasks import Tasks
 from vastproxy.state.base import Account, Booking, Claim, Hold, Level, StateBackend, Verdict
 from vastproxy.state.journal import Journal
+from vastproxy.state.memory import InMemoryBackend
 
 T = TypeVar("T")
 
 MAX_BATCH = 500
 """Holds in one call."""
+MAX_WAITING = 20 * MAX_BATCH
+"""Holds that wait for a call of one kind. That is twenty calls, and each takes its time-out at the
+most: so nobody waits much longer than twenty time-outs (a second, where that is 50 ms)."""
 STUCK = 0.01
 """Seconds that the event loop may be late before a time-out is no proof against the backend."""
 NEARLY = 0.1
@@ -42,9 +46,10 @@ TURNS = 5
 """Calls that are not bundled and under way at one time: as many as SQL has connections."""
 FIRST_LOOK = 0.1
 LAST_LOOK = 1.0
-"""Seconds between looks whether the backend is back: from the first to the slowest."""
+"""Seconds between looks whether the backend is back: from the second to the slowest. The first is
+made at once, as caps are open until then, and it may have been a false alarm."""
 STEADY = 10.0
-"""Seconds that it must have been back for the first look to be a quick one again: a server that
+"""Seconds that it must have been back for the first look to be made at once again: a server that
 answers a look, and is too slow for requests, would make each of them wait."""
 LOOK_TIMEOUT = 2.0
 """Seconds that a look, and the writing of a part of the journal, may take."""
@@ -97,7 +102,9 @@ class GuardedState:
         self._timeout = timeout
         self._local = local
         self._settling = asyncio.Lock()
-        self._pause = FIRST_LOOK
+        self._to_flush = False
+        """Whether a task waits for its turn to write the journal."""
+        self._pause = 0.0
         """Seconds until the next look, while it is away."""
         self._back = -STEADY
         """When it came back, on the monotonic clock."""
@@ -107,6 +114,8 @@ class GuardedState:
         self._reserving = _Lane[Verdict](self, backend.reserve)
         self._confirming = _Lane[Booking](self, backend.confirm)
         self._looking = _Lane[list[Level]](self, self._look_at)
+        self._meanwhile = InMemoryBackend()
+        """Counts for caps while the backend is away; forgotten when it is back."""
         self._turns = asyncio.Semaphore(TURNS)
 
     # --- What requests ask ----------------------------------------------------------------------
@@ -116,6 +125,14 @@ class GuardedState:
         if self._local:
             return await self.backend.reserve(holds)
         return await self._reserving.ask(holds)
+
+    async def reserve_meanwhile(self, holds: Sequence[Hold]) -> list[Verdict]:
+        """
+        Reserve each of *holds* in this process alone: for what could not be asked.
+
+        So a cap lets its limit through once more for each process, and not everything.
+        """
+        return await self._meanwhile.reserve(holds)
 
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking | Literal["deferred"]]:
         """Count each of *holds*, now or, where that cannot be, later (``deferred``)."""
@@ -132,16 +149,21 @@ class GuardedState:
             raise
 
     async def _defer(self, holds: Sequence[Hold]) -> None:
-        """Count *holds* later."""
+        """Count *holds* later; what caps count, here until then."""
+        await self._meanwhile.confirm([each for each in holds if each.account.kind == "viewer"])
         await self.journal.add(holds)
         self._telling.waiting(len(self.journal))
-        if self.available:
-            # It answers, so it refused something that travelled along, or is back already.
+        if self.available and not self._to_flush:
+            # It answers, so it refused something that travelled along, has too much to do, or is
+            # back already.
+            self._to_flush = True
             self.spawn(self.flush(), "journal")
 
     async def void(self, holds: Sequence[Hold]) -> None:
         """Release *holds*; where that cannot be, their time will."""
-        if holds and self.available:
+        if not self.available:
+            await self._meanwhile.void(holds)
+        elif holds:
             try:
                 await self._in_turn(lambda: self.backend.void(holds))
             except StateBackendError as error:
@@ -173,11 +195,13 @@ class GuardedState:
 
     async def _in_turn(self, call: Callable[[], Awaitable[T]]) -> T:
         """
-        Make a *call* in its turn.
+        Make a *call* in its turn, or at once where the backend never waits for anybody.
 
         Waiting for that is no proof against the backend: two hundred calls at one time take long,
         however quick each is. If it goes away meanwhile, those who wait are told at once.
         """
+        if self._local:
+            return await call()
         try:
             async with asyncio.timeout(self._timeout * MAX_PATIENCE):
                 await self._turns.acquire()
@@ -225,28 +249,37 @@ class GuardedState:
     async def _look(self, since: float) -> None:
         """Wait until the backend is back and has taken the journal."""
         if since - self._back > STEADY:
-            self._pause = FIRST_LOOK
+            self._pause = 0.0
         while True:
             await asyncio.sleep(self._pause)
-            self._pause = min(self._pause * 2, LAST_LOOK)
-            try:
-                async with asyncio.timeout(LOOK_TIMEOUT):
-                    await self.backend.ping()
-                settled = await self._settle()
-            except (StateBackendError, TimeoutError) as error:
-                self._log.debug("state.still_away", problem=str(error))
-                continue
-            break
+            self._pause = min(max(self._pause * 2, FIRST_LOOK), LAST_LOOK)
+            # Results, not exceptions: if this loop ended, the state would never come back.
+            [settled] = await asyncio.gather(self._looked(), return_exceptions=True)
+            if isinstance(settled, int):
+                break
+            if isinstance(settled, StateBackendError | OSError):  # a TimeoutError is one
+                problem = str(settled) or f"no answer in {LOOK_TIMEOUT:g} s"
+                self._log.debug("state.still_away", problem=problem)
+            else:
+                self._log.error("state.look_failed", exc_info=settled)
         self.available = True
+        self._meanwhile = InMemoryBackend()
         self._back = time.monotonic()
         away = round(time.monotonic() - since, 3)
         self._log.warning("state.back", away_seconds=away, settled=settled)
         self._telling.there(True)  # noqa: FBT003 - whether it is
 
+    async def _looked(self) -> int:
+        """See whether the backend is back, and write the journal; give how many entries."""
+        async with asyncio.timeout(LOOK_TIMEOUT):
+            await self.backend.ping()
+        return await self._settle()
+
     async def _settle(self) -> int:
         """Write the journal; give how many entries that were."""
         count = 0
         async with self._settling:
+            self._to_flush = False
             while holds := self.journal.oldest(SETTLED_AT_ONCE):
                 async with asyncio.timeout(LOOK_TIMEOUT):
                     await self._write(holds)
@@ -286,7 +319,7 @@ class GuardedState:
         try:
             await self._settle()
             await self.backend.flush()
-        except (StateBackendError, TimeoutError) as error:
+        except (StateBackendError, OSError) as error:
             self.goes_away(str(error) or "the journal could not be written in time")
 
     # --- Life -----------------------------------------------------------------------------------
@@ -295,8 +328,7 @@ class GuardedState:
         """See whether the backend is there; if not, requests are served without it meanwhile."""
         try:
             async with asyncio.timeout(LOOK_TIMEOUT):
-                await self.backend.ping()
-                await self._settle()
+                await self._looked()
         except (StateAwayError, TimeoutError) as error:
             self.goes_away(str(error) or f"no answer in {LOOK_TIMEOUT:g} s")
 
@@ -311,15 +343,19 @@ class GuardedState:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._tasks.__aexit__(None, None, None)
+        await self.stop()
         if len(self.journal):
             try:
                 async with asyncio.timeout(LOOK_TIMEOUT):
                     await self._settle()
-            except (StateBackendError, TimeoutError) as error:
+            except (StateBackendError, OSError) as error:
                 self._log.warning("state.not_settled", problem=str(error))
         self.journal.close()
         await self.backend.__aexit__(None, None, None)
+
+    async def stop(self) -> None:
+        """End what runs in the background; the backend stays open, as it may be somebody else's."""
+        await self._tasks.__aexit__(None, None, None)
 
     async def _sweep_regularly(self) -> None:
         """Have expired rows deleted, now and then, while the backend is there."""
@@ -353,14 +389,19 @@ class _Lane(Generic[T]):
         self._state = state
         self._call = call
         self._waiting: list[tuple[Sequence[Hold], asyncio.Future[list[T]]]] = []
+        self._holds = 0
+        """Of all that wait."""
         self._running = False
 
     async def ask(self, holds: Sequence[Hold]) -> list[T]:
         """Give what the call gives for *holds*, which may travel with others'."""
         if not self._state.available:
             raise StateAwayError("the state backend is away")
+        if self._waiting and self._holds + len(holds) > MAX_WAITING:
+            raise StateAwayError("too many calls wait for the state backend")
         answer: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
         self._waiting.append((holds, answer))
+        self._holds += len(holds)
         if not self._running:
             self._running = True
             self._state.spawn(self._run(), "lane")
@@ -372,16 +413,17 @@ class _Lane(Generic[T]):
                 await self._send(self._batch())
         finally:
             self._running = False
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting, self._holds = self._waiting, [], 0
             _break_off(waiting)
 
     def _batch(self) -> list[tuple[Sequence[Hold], asyncio.Future[list[T]]]]:
         taken, count = 0, 0
         for holds, _ in self._waiting:
-            count += len(holds)
-            if taken and count > MAX_BATCH:
+            if taken and count + len(holds) > MAX_BATCH:
                 break
             taken += 1
+            count += len(holds)
+        self._holds -= count
         batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
         return batch
 
