@@ -12,8 +12,9 @@ from structlog.testing import capture_logs
 
 from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.state.base import Account, Booking, Claim, Hold, Level, Verdict, money
-from vastproxy.state.guard import MAX_BATCH, MAX_WAITING, TURNS, GuardedState, Telling
+from vastproxy.state.guard import TURNS, GuardedState, Telling
 from vastproxy.state.journal import Journal
+from vastproxy.state.lanes import MAX_BATCH, MAX_WAITING
 from vastproxy.state.memory import InMemoryBackend
 
 START = 1_800_000_000_000

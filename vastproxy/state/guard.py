@@ -13,13 +13,12 @@ goes to the journal.
 """
 
 import asyncio
-import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import structlog
 
@@ -27,21 +26,12 @@ from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.observe.tasks import Tasks
 from vastproxy.state.base import Account, Booking, Claim, Hold, Level, StateBackend, Verdict
 from vastproxy.state.journal import Journal
+from vastproxy.state.lanes import Lane
 from vastproxy.state.memory import InMemoryBackend
+from vastproxy.state.patience import MAX_PATIENCE, patient
 
 T = TypeVar("T")
 
-MAX_BATCH = 500
-"""Holds in one call."""
-MAX_WAITING = 20 * MAX_BATCH
-"""Holds that wait for a call of one kind. That is twenty calls, and each takes its time-out at the
-most: so nobody waits much longer than twenty time-outs (a second, where that is 50 ms)."""
-STUCK = 0.01
-"""Seconds that the event loop may be late before a time-out is no proof against the backend."""
-NEARLY = 0.1
-"""Of a time-out: what is left over when it has passed, as there is always a little to do."""
-MAX_PATIENCE = 20
-"""A call takes so many times its time-out at the most, however busy the machine is."""
 TURNS = 5
 """Calls that are not bundled and under way at one time: as many as SQL has connections."""
 FIRST_LOOK = 0.1
@@ -111,9 +101,9 @@ class GuardedState:
         self._telling = telling or Telling()
         self._tasks = Tasks("state")
         self._log = structlog.get_logger("vastproxy.state")
-        self._reserving = _Lane[Verdict](self, backend.reserve)
-        self._confirming = _Lane[Booking](self, backend.confirm)
-        self._looking = _Lane[list[Level]](self, self._look_at)
+        self._reserving = Lane[Verdict](self, backend.reserve)
+        self._confirming = Lane[Booking](self, backend.confirm)
+        self._looking = Lane[list[Level]](self, self._look_at)
         self._meanwhile = InMemoryBackend()
         """Counts for caps while the backend is away; forgotten when it is back."""
         self._turns = asyncio.Semaphore(TURNS)
@@ -223,7 +213,7 @@ class GuardedState:
                 call.close()
             raise StateAwayError("the state backend is away")
         try:
-            async with _patient(self._timeout):
+            async with patient(self._timeout):
                 return await call
         except TimeoutError:
             self.goes_away(f"no answer in {self._timeout * 1000:g} ms")
@@ -378,122 +368,3 @@ class GuardedState:
     def __repr__(self) -> str:
         there = "available" if self.available else "away"
         return f"<GuardedState {there}, {self.backend!r}, {self.journal!r}>"
-
-
-class _Lane(Generic[T]):
-    """Calls of one kind: what is asked while one is under way goes out together, next."""
-
-    def __init__(
-        self, state: GuardedState, call: Callable[[Sequence[Hold]], Awaitable[list[T]]]
-    ) -> None:
-        self._state = state
-        self._call = call
-        self._waiting: list[tuple[Sequence[Hold], asyncio.Future[list[T]]]] = []
-        self._holds = 0
-        """Of all that wait."""
-        self._running = False
-
-    async def ask(self, holds: Sequence[Hold]) -> list[T]:
-        """Give what the call gives for *holds*, which may travel with others'."""
-        if not self._state.available:
-            raise StateAwayError("the state backend is away")
-        if self._waiting and self._holds + len(holds) > MAX_WAITING:
-            raise StateAwayError("too many calls wait for the state backend")
-        answer: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((holds, answer))
-        self._holds += len(holds)
-        if not self._running:
-            self._running = True
-            self._state.spawn(self._run(), "lane")
-        return await answer
-
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                await self._send(self._batch())
-        finally:
-            self._running = False
-            waiting, self._waiting, self._holds = self._waiting, [], 0
-            _break_off(waiting)
-
-    def _batch(self) -> list[tuple[Sequence[Hold], asyncio.Future[list[T]]]]:
-        taken, count = 0, 0
-        for holds, _ in self._waiting:
-            if taken and count + len(holds) > MAX_BATCH:
-                break
-            taken += 1
-            count += len(holds)
-        self._holds -= count
-        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        return batch
-
-    async def _send(self, batch: list[tuple[Sequence[Hold], asyncio.Future[list[T]]]]) -> None:
-        # Who has gone meanwhile is left out: a viewer that closed the connection reserves nothing.
-        batch = [each for each in batch if not each[1].done()]
-        holds = [hold for each, _ in batch for hold in each]
-        try:
-            results = await self._state.in_time(self._call(holds)) if holds else []
-            at = 0
-            for each, answer in batch:
-                if not answer.done():
-                    answer.set_result(results[at : at + len(each)])
-                at += len(each)
-        except StateBackendError as error:
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(type(error)(str(error)))
-        finally:
-            # Where the task ends, or fails by a mistake of ours, nobody waits for ever.
-            _break_off(batch)
-
-
-def _break_off(batch: Sequence[tuple[Sequence[Hold], asyncio.Future[Any]]]) -> None:
-    """Tell those of *batch* who still wait that nothing comes."""
-    for _, answer in batch:
-        if not answer.done():
-            answer.set_exception(StateAwayError("the call was broken off"))
-
-
-@asynccontextmanager
-async def _patient(seconds: float) -> AsyncIterator[None]:
-    """
-    Time out after *seconds* in which this thread had nothing to do.
-
-    While it works, or waits for a CPU, an answer may have come long ago: that time is no proof
-    against the backend. At 200 requests at once on a busy machine, it is nearly all of the time.
-    In MAX_PATIENCE times *seconds* it is over in any case.
-    """
-    loop = asyncio.get_running_loop()
-    began, busy = loop.time(), _busy_time()
-    async with asyncio.timeout(None) as limit:
-
-        def ring(due: float) -> None:
-            now = loop.time()
-            left = seconds - (now - began - (_busy_time() - busy))
-            if now - due > STUCK:
-                # It slept where it should not: the answer may be read in this very look.
-                left = max(left, seconds)
-            if left < seconds * NEARLY or now - began >= seconds * MAX_PATIENCE:
-                limit.reschedule(now)
-            else:
-                timer[0] = loop.call_later(left, ring, now + left)
-
-        timer = [loop.call_later(seconds, ring, began + seconds)]
-        try:
-            yield
-        finally:
-            timer[0].cancel()
-
-
-def _busy_time() -> float:
-    """Give the seconds that this thread has worked, or waited for a CPU (the latter on Linux)."""
-    try:
-        # Run time, run delay and time slices: Documentation/scheduler/sched-stats.rst.
-        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-    except OSError:
-        return time.thread_time()
-    try:
-        ran, waited, *_ = os.read(file, 100).split()
-    finally:
-        os.close(file)
-    return (int(ran) + int(waited)) / 1e9
