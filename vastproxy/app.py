@@ -7,7 +7,7 @@ what they needed.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
@@ -137,11 +137,12 @@ def route(
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What outlives a reload: the state, the secrets, the numbers."""
+    """What outlives a reload: the state, the secrets, the numbers, the money set aside."""
 
     state: GuardedState
     secrets: tuple[str, ...]
     metrics: RequestMetrics
+    leases: Leases
 
     def __repr__(self) -> str:
         return f"<Keeping {self.state!r}>"
@@ -180,8 +181,8 @@ async def keeping(config: Config) -> AsyncIterator[Keeping]:
             lambda there: metrics.state_up(up=there), metrics.state_error, metrics.journal_pending
         ),
     )
-    async with guarded:
-        yield Keeping(guarded, secrets or (new_secret(),), metrics)
+    async with guarded, Leases(guarded) as leases:
+        yield Keeping(guarded, secrets or (new_secret(),), metrics, leases)
 
 
 @asynccontextmanager
@@ -198,13 +199,13 @@ async def proxy(config: Config, kept: Keeping | None = None) -> AsyncIterator[Pr
         tasks = await stack.enter_async_context(Tasks("reports"))
         upstreams = {name: upstream(name, each, client) for name, each in config.upstreams.items()}
         routes = [route(each, upstreams, config.server.beacon_ttl) for each in config.routes]
-        accounts = accounting(config, shared, routes)
-        await stack.enter_async_context(accounts.leases)
+        accounts = accounting(config, shared)
         reporter = ErrorReporter(client, tasks)
         factory = SessionFactory(is_public_suffix=accounts.is_public_suffix)
         ads = AdServer(factory, reporter, accounts)
         router = Router(routes)
         player = Player(ads, router, player_settings(config), shared.metrics)
+        shared.leases.use(each.terms.budget for each in routes if each.terms.budget)
         try:
             yield Proxy(config, ads, router, player, reporter, tasks)
         finally:
@@ -218,15 +219,13 @@ def _journal(config: Config) -> Journal:
         raise StateBackendError(f"journal {config.journal}: {error}") from None
 
 
-def accounting(config: Config, kept: Keeping, routes: Iterable[Route]) -> Accounting:
-    """Put together what the caps, budgets and kept cookies of *routes* need."""
+def accounting(config: Config, kept: Keeping) -> Accounting:
+    """Put together what the caps, budgets and kept cookies of *config* need."""
     beacons = Beacons(
         Seal(kept.secrets, "beacon"), kept.state, ttl=config.server.beacon_ttl, now=time.time
     )
-    budgets = [each.terms.budget for each in routes if each.terms.budget]
-    leases = Leases(kept.state, budgets)
     names = ViewerNames(kept.secrets)
-    return Accounting(kept.state, beacons, leases, names, public_suffix_test(), time.time)
+    return Accounting(kept.state, beacons, kept.leases, names, public_suffix_test(), time.time)
 
 
 def secrets_of(config: Config) -> tuple[str, ...]:

@@ -729,7 +729,7 @@ async def test_state_that_goes_in_the_middle() -> None:
 
 async def test_lease_bridges_an_outage() -> None:
     """From a lease ads are served without the state, to its last, and no further."""
-    budget = a_budget(200 * PRICE, on_state_loss="lease")
+    budget = a_budget(100 * PRICE, on_state_loss="lease")
     async with a_world(budget) as world:
         await world.leases.renew()
         [chunk] = [lease.amount for lease in world.leases._campaigns["spring"].leases]
@@ -747,7 +747,7 @@ async def test_lease_bridges_an_outage() -> None:
 
 async def test_lease_takes_back() -> None:
     """What an ad took of a lease goes back once, however it came to nothing."""
-    budget = a_budget(200 * PRICE, on_state_loss="lease")
+    budget = a_budget(100 * PRICE, on_state_loss="lease")
     async with a_world(budget) as world:
         await world.leases.renew()
         [lease] = world.leases._campaigns["spring"].leases
@@ -764,7 +764,7 @@ async def test_lease_takes_back() -> None:
 
 async def test_lease_takes_back_once_where_cut_off() -> None:
     """A request that is cut off while it gives back gives a lease no more than it took."""
-    budget = a_budget(200 * PRICE, on_state_loss="lease")
+    budget = a_budget(100 * PRICE, on_state_loss="lease")
     async with a_world(budget) as world:
         await world.leases.renew()
         [lease] = world.leases._campaigns["spring"].leases

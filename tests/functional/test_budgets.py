@@ -282,6 +282,21 @@ async def test_pod_is_cut(proxy: Proxy) -> None:
     assert (0.0075, 0.025, 0) == (told["spent"], told["reserved"], told["remaining"])
 
 
+def test_reload_keeps_leases(start_proxy: StartProxy, ads: AdServer) -> None:
+    """However often the config is read anew, what is reserved beforehand is reserved once."""
+    routes = [
+        priced("/lease", "leased", "25", cpm="2.50", on_state_loss="lease", upstreams=["main"])
+    ]
+    proxy = start_proxy(a_config(upstreams(ads), routes))
+    wait_for(lambda: budget(proxy, "leased")["reserved"])
+    for number in range(1, 6):
+        assert 200 == proxy.get("/lease").status
+        proxy.reload({"routes": [*routes, priced(f"/new{number}", "other", "1", cpm="1")]})
+        proxy.wait_record(event="reloaded", routes=["/lease", f"/new{number}"])
+
+    assert 25 / 50 == budget(proxy, "leased")["reserved"]
+
+
 async def test_beacon_at_any_speed(proxy: Proxy) -> None:
     """An impression that is told before its answer was read to the end counts like any other."""
     before = budget(proxy, "own-price")["spent"]
