@@ -462,9 +462,9 @@ async def test_confirmed_operation_is_remembered(backend: StateBackend, clock: C
 
 
 async def test_voided_operation_is_remembered(backend: StateBackend, clock: Clock) -> None:
-    """A voided operation is refused for its time; after that its id means a new one."""
+    """A voided operation is refused as long as it could be reserved; then its id is a new one."""
     viewer = a_viewer()
-    hold = a_hold(viewer, keep_ms=5_000)
+    hold = a_hold(viewer, ttl_ms=5_000, keep_ms=1)
 
     await backend.void([hold])
     clock.move(4_999)
@@ -477,7 +477,7 @@ async def test_voided_operation_is_remembered(backend: StateBackend, clock: Cloc
 
 async def test_void_again_does_not_prolong(backend: StateBackend, clock: Clock) -> None:
     """A void that is repeated is remembered no longer."""
-    hold = a_hold(a_viewer(), keep_ms=5_000)
+    hold = a_hold(a_viewer(), ttl_ms=5_000)
 
     await backend.void([hold])
     clock.move(3_000)
@@ -1366,12 +1366,14 @@ async def test_forget_says_whether_there_was_anything(backend: StateBackend, clo
 
 async def test_refusal_leaves_nothing(backend: StateBackend, clock: Clock) -> None:
     """Of a reservation that was refused nothing is kept."""
-    viewer = a_viewer()
+    viewer, campaign = a_viewer(), a_campaign()
     del clock
 
     await reserve(backend, a_hold(viewer, Claim("ads", limit=0)))
+    await reserve(backend, a_hold(campaign, money(1, 0)))
 
     assert not await backend.forget(viewer)
+    assert not await backend.forget(campaign)
 
 
 async def test_forgotten_campaign_has_spent_nothing(backend: StateBackend, clock: Clock) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from sqlalchemy import event, text
 from tests.support.postgres import Postgres, postgres_server
 from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.state import database as module
-from vastproxy.state import migrate as migrations
 from vastproxy.state import transactions
 from vastproxy.state.base import Account, Claim, Hold, Level, StateBackend, Window, money
 from vastproxy.state.database import DatabaseBackend
@@ -188,6 +187,107 @@ async def test_number_of_statements_does_not_grow(
 
     assert numbers[:3] == numbers[3:]
     assert max(numbers) <= 9
+
+
+async def test_one_statement_writes_all(server: Postgres) -> None:
+    """A round trip costs everybody who waits for the lock: what changed goes out in one."""
+    statements: list[str] = []
+
+    def _count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    async with backends(server.new_database(), 1) as (backend,):
+        event.listen(backend._transactions.engine.sync_engine, "before_cursor_execute", _count)
+        await backend.confirm([a_hold("a"), a_hold("b", account=Account("viewer", "v"))])
+
+    # Two kinds of locks, what lapsed, operations, counters; and all that changed.
+    assert 6 == len(statements)
+
+
+# --- The first request ------------------------------------------------------------------------
+
+
+async def test_after_a_ping_no_request_is_the_first(server: Postgres) -> None:
+    """A ping opens every connection, and prepares on each all that requests say."""
+    async with backends(server.new_database(), 1) as (backend,):
+        before = await _prepared(backend)
+        await _all_that_requests_ask(backend)
+        after = await _prepared(backend)
+
+    assert transactions.CONNECTIONS == len(before)
+    assert before == after
+
+
+async def _prepared(backend: DatabaseBackend) -> list[int]:
+    """Give how many statements are prepared on each connection that is open."""
+    pool = backend._transactions.engine.pool
+    asked = text("SELECT count(*) FROM pg_prepared_statements WHERE statement NOT LIKE '%pg_prep%'")
+    async with AsyncExitStack() as stack:
+        opened = [
+            await stack.enter_async_context(backend._transactions.engine.connect())
+            for _ in range(pool.checkedin())  # type: ignore[attr-defined]
+        ]
+        return sorted([(await each.execute(asked)).scalar_one() for each in opened])
+
+
+async def test_after_a_ping_no_statement_is_made(url: str) -> None:
+    """The text of a statement is made once, and not while a request waits for it."""
+    async with backends(url, 1) as (backend,):
+        made = backend._transactions.engine.sync_engine._compiled_cache
+        assert made is not None
+        before = len(made)
+        await _all_that_requests_ask(backend)
+
+        assert before == len(made)
+
+
+async def _all_that_requests_ask(backend: DatabaseBackend) -> None:
+    """Ask, several times at once, what a request and its beacon do."""
+    for turn in range(8):
+        holds = [a_hold(f"{turn}"), a_hold(f"{turn}", account=Account("viewer", f"{turn}"))]
+        await backend.reserve(holds[:1])
+        await backend.reserve(holds)
+        await backend.confirm(holds)
+        await backend.void(holds)
+        for each in holds:
+            await backend.levels(each.account, each.claims)
+        await backend.write_items(holds[1].account, {"a": "b"}, 1)
+        await backend.read_items(holds[1].account)
+
+
+async def test_ping_leaves_nothing_behind(url: str) -> None:
+    """What it says to be ready is about nobody, and undone."""
+    async with backends(url, 1) as (backend,):
+        await backend.ping()
+
+        for table in ("viewer_items", "operations", "frequency_caps", "budget_tracking"):
+            assert 0 == await answer(backend, f"SELECT count(*) FROM {table}")  # noqa: S608
+
+
+async def test_lock_costs_what_it_lasts(tmp_path: Path) -> None:
+    """Who waits for another process's lock goes on when it is free, and not up to 0.1 s later."""
+    path = tmp_path / "state.db"
+    async with backends(f"sqlite:///{path}", 1) as (backend,):
+        took = [await _after_the_lock(backend, path, f"{at}") for at in range(3)]
+
+    assert min(took) < 0.04
+
+
+async def _after_the_lock(backend: DatabaseBackend, path: Path, operation: str) -> float:
+    """Give the seconds from the end of a lock to that of a call which has waited for it."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        async with asyncio.TaskGroup() as group:
+            call = group.create_task(backend.confirm([a_hold(operation)]))
+            # SQLite by itself looks after 228 and after 328 ms.
+            await asyncio.sleep(0.24)
+            assert not call.done()
+            other.execute("ROLLBACK")
+            began = time.monotonic()
+        return time.monotonic() - began
+    finally:
+        other.close()
 
 
 # --- Callers who give up ------------------------------------------------------------------------
@@ -378,7 +478,7 @@ async def test_restarted_server_is_found_again() -> None:
 
 async def test_locked_file_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that another process keeps locked is away, not broken."""
-    monkeypatch.setattr(migrations, "BUSY_MS", 30)
+    monkeypatch.setattr(transactions, "QUEUE_WITHIN", 0.03)
     path = tmp_path / "state.db"
     async with backends(f"sqlite:///{path}", 1) as (backend,):
         other = sqlite3.connect(path, isolation_level=None)
@@ -474,6 +574,37 @@ async def test_sweep_deletes_what_expired(url: str, monkeypatch: pytest.MonkeyPa
         assert 0 == await answer(backend, "SELECT count(*) FROM operations")
         assert 0 == await answer(backend, "SELECT count(*) FROM frequency_caps")
         assert 10 == await spent(backend)
+
+
+async def test_sweep_goes_on_until_nothing_is_left(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small its steps are: also counters on which something was reserved that lapsed."""
+    monkeypatch.setattr(module, "SWEEP_ROWS", 1)
+    monkeypatch.setattr(module, "SWEEP_ACCOUNTS", 1)
+    now = [1_000_000]
+    async with DatabaseBackend(url, clock=lambda: now[0]) as backend:
+        await backend.ping()
+        await backend.reserve([a_hold("a", account=Account("viewer", f"{at}")) for at in range(25)])
+        now[0] += 86_400_000
+
+        assert 25 + 25 == await backend.sweep()
+        assert 0 == await answer(backend, "SELECT count(*) FROM frequency_caps")
+        assert 0 == await backend.sweep()
+
+
+async def test_sweep_ends_in_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one sweep has no time for, later ones delete."""
+    monkeypatch.setattr(module, "SWEEP_WITHIN", 0)
+    monkeypatch.setattr(module, "SWEEP_ACCOUNTS", 4)
+    now = [1_000_000]
+    async with DatabaseBackend(url, clock=lambda: now[0]) as backend:
+        await backend.ping()
+        await backend.reserve([a_hold("a", account=Account("viewer", f"{at}")) for at in range(10)])
+        now[0] += 86_400_000
+
+        # Each time reservations, and then the counters that have none any more.
+        assert [8, 8, 4, 0] == [await backend.sweep() for _ in range(4)]
 
 
 async def test_forgetting_a_viewer_leaves_the_campaign_of_that_name(url: str) -> None:

@@ -394,7 +394,7 @@ async def test_what_is_said_of_holds_is_in_their_order(backend: RedisBackend) ->
 
 
 async def test_lapsed_reservations_beyond_one_call_are_all_taken_off(server: Valkey) -> None:
-    """No decision is made while room is taken by what has lapsed, however much that is."""
+    """Nobody is refused while room is taken by what has lapsed, however much that is."""
     now = [NOON]
     many = 2_500
     spring = Account("campaign", "spring")
@@ -406,6 +406,63 @@ async def test_lapsed_reservations_beyond_one_call_are_all_taken_off(server: Val
 
     assert [Verdict(granted=True)] == verdicts
     assert [Level(0, many)] == levels
+
+
+async def test_where_there_is_room_no_call_waits_for_all_that_lapsed(server: Valkey) -> None:
+    """One script decides, though thousands have lapsed; and what was confirmed since is exact."""
+    now = [NOON]
+    many = 2_500
+    spring = Account("campaign", "spring")
+    lapsing = [Hold(spring, f"op{at}", (money(1),)) for at in range(many)]
+    async with RedisBackend(server.url, clock=lambda: now[0]) as backend:
+        await backend.reserve(lapsing)
+        now[0] += 600_000
+        await backend.ping()
+        server.call("CONFIG", "RESETSTAT")
+        verdicts = await backend.reserve([Hold(spring, "next", (money(1, 10 * many),))])
+        bookings = await backend.confirm([lapsing[-1], Hold(spring, "next", (money(1),))])
+        scripts = calls(server, "evalsha")
+        again = await backend.reserve([lapsing[-2]])
+        await backend.void([lapsing[-3]])
+        levels = await backend.levels(spring, [money(0)])
+
+    assert [Verdict(granted=True)] == verdicts == again
+    assert ["late", "booked"] == bookings
+    assert 2 == scripts
+    assert [Level(2, 1)] == levels
+
+
+async def test_lease_that_lapsed_among_thousands_is_not_drawn_from(server: Valkey) -> None:
+    """Whether or not it has been taken off yet, its room is not its own any more."""
+    now = [NOON]
+    spring = Account("campaign", "spring")
+    crowd = [Hold(spring, f"op{at}", (money(1),)) for at in range(2_500)]
+    lease = Hold(spring, "lease", (money(9),))
+    async with RedisBackend(server.url, clock=lambda: now[0]) as backend:
+        await backend.reserve([*crowd, lease])
+        now[0] += 600_000
+        booking = await backend.confirm([Hold(spring, "one", (money(1),), lease="lease")])
+
+    assert ["late"] == booking
+
+
+async def test_many_counters_of_one_viewer_are_not_all_looked_through(server: Valkey) -> None:
+    """What ended goes bit by bit: no call reads ten thousand counters, and few that ended stay."""
+    now = [NOON]
+    hour, minute = Window("fixed", 3_600_000), Window("fixed", 60_000)
+    async with RedisBackend(server.url, clock=lambda: now[0]) as backend:
+        for at in range(0, 5_000, 100):
+            claims = tuple(Claim(f"{at + more}", window=minute) for more in range(100))
+            await backend.confirm([Hold(VIEWER, f"op{at}", claims)])
+        now[0] += 60_001
+        server.call("CONFIG", "RESETSTAT")
+        for at in range(0, 2_500, 100):
+            claims = tuple(Claim(f"new {at + more}", window=hour) for more in range(100))
+            await backend.confirm([Hold(VIEWER, f"new{at}", claims)])
+        left = server.call("HLEN", "vp:{v:ada}:c")
+
+    assert 0 == calls(server, "hgetall")
+    assert 2_500 <= left < 4_000
 
 
 async def test_keys_of_a_viewer_expire(server: Valkey, backend: RedisBackend) -> None:
@@ -544,6 +601,38 @@ async def test_a_dead_node_does_not_hold_up_the_others(cluster: Cluster) -> None
 
     assert 1 == count
     assert took < 5
+
+
+async def test_one_node_that_is_away_does_not_keep_a_cluster_away() -> None:
+    """A ping is content with most primaries, whichever is dead; with one of three it is not."""
+    with valkey_cluster() as nodes:
+        for node in nodes.nodes:
+            node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        async with RedisBackend(nodes.url) as backend:
+            await backend.ping()
+            for node in nodes.nodes:
+                node.kill()
+                await backend.ping()
+                node.restart()
+                nodes.wait_ok()
+            for node in nodes.nodes[:2]:
+                node.kill()
+            with pytest.raises(StateAwayError):
+                await backend.ping()
+
+
+async def test_a_server_that_takes_no_writes_is_not_back(
+    server: Valkey, backend: RedisBackend
+) -> None:
+    """It answers, but to count is what it is for."""
+    server.call("CONFIG", "SET", "maxmemory", "1")
+    try:
+        with pytest.raises(StateBackendError, match="maxmemory"):
+            await backend.ping()
+    finally:
+        server.call("CONFIG", "SET", "maxmemory", "0")
+
+    await backend.ping()
 
 
 async def test_a_node_that_hangs_costs_others_one_call(cluster: Cluster) -> None:

@@ -58,7 +58,8 @@ class ForgetsOperations(InMemoryBackend):
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
         """Confirm each as if it were a new one."""
         bookings = await super().confirm(holds)
-        self._settled.clear()
+        for each in holds:
+            self._confirmed.drop(each)
         return bookings
 
 
@@ -125,8 +126,7 @@ class ForgetsVoids(InMemoryBackend):
         """Void, and remember nothing."""
         await super().void(holds)
         for hold in holds:
-            if self._settled_as(hold, self._now()) == "v":
-                del self._settled[(hold.account, hold.operation)]
+            self._voided.drop(hold)
 
 
 class NeverFreesLapsed(InMemoryBackend):
@@ -385,7 +385,7 @@ class SettlesForEver(InMemoryBackend):
 
     async def void(self, holds: Sequence[Hold]) -> None:
         """Void, and keep it for very long."""
-        await super().void([replace(each, keep_ms=LONG) for each in holds])
+        await super().void([replace(each, ttl_ms=LONG) for each in holds])
 
 
 class MixesAccounts(InMemoryBackend):
@@ -393,7 +393,7 @@ class MixesAccounts(InMemoryBackend):
 
     async def confirm(self, holds: Sequence[Hold]) -> list[Booking]:
         """Look for the operation everywhere."""
-        known = {operation for _, operation in self._settled}
+        known = {operation for each in self._confirmed._ends.values() for operation in each}
         new = [each for each in holds if each.operation not in known]
         bookings = iter(await super().confirm(new))
         return ["again" if each.operation in known else next(bookings) for each in holds]
@@ -515,7 +515,7 @@ class ForgetsCountersOnly(InMemoryBackend):
 
     async def forget(self, account: Account) -> bool:
         """Forget, but for what was settled."""
-        settled = self._settled.copy()
+        confirmed = dict(self._confirmed._ends)
         there = await super().forget(account)
-        self._settled = settled
+        self._confirmed._ends = confirmed
         return there

@@ -235,9 +235,10 @@ def _settled(events: Sequence[Event], operation: str, now: int) -> str | None:
     said = None
     for event in events:
         if isinstance(event, Confirmed | Voided) and event.hold.operation == operation:
-            remembered = now < event.at + event.hold.keep_ms
-            word = "confirmed" if isinstance(event, Confirmed) else "voided"
-            said = word if remembered else None
+            is_confirmed = isinstance(event, Confirmed)
+            time = event.hold.keep_ms if is_confirmed else event.hold.ttl_ms
+            word = "confirmed" if is_confirmed else "voided"
+            said = word if now < event.at + time else None
     return said
 
 

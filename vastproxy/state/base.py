@@ -96,9 +96,9 @@ class Hold:
     """Chosen by the caller; unique within the account. Up to 100 printable ASCII characters."""
     claims: tuple[Claim, ...]
     ttl_ms: int = 600_000
-    """How long a reservation waits for its confirmation."""
+    """How long a reservation waits for its confirmation, and how long a void is remembered."""
     keep_ms: int = DAY_MS
-    """How long a settled operation is remembered, so that a repetition counts nothing."""
+    """How long a confirmed operation is remembered, so that a repetition counts nothing."""
     lease: str = ""
     """The operation that reserved room for this one and others beforehand: confirming takes the
     amounts out of that reservation."""
@@ -163,7 +163,11 @@ class StateBackend(Protocol):
         """Count the claims of each of *holds*: those that count, with their final amounts."""
 
     async def void(self, holds: Sequence[Hold]) -> None:
-        """Release *holds*; what was confirmed stays counted, and a later reserve is refused."""
+        """
+        Release *holds*; what was confirmed stays counted, and a later reserve is refused.
+
+        That is remembered for the hold's ``ttl_ms``: a reserve that was on its way comes sooner.
+        """
 
     async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
         """Tell what stands on the counters of *claims*, of which key and window matter."""

@@ -7,7 +7,7 @@ money never goes.
 Rule 3: its clock does not jump: it starts at the machine's time and runs with the monotonic one.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -43,7 +43,8 @@ FEW = 16
 LOOKED_AT = 100
 """Plain counters, the longest unused, among which one that has expired is looked for."""
 MAX_SETTLED = 250_000
-"""Settled operations that are remembered: about 60 MB."""
+"""Confirmed operations that are remembered, and voided ones as many: 130 MB of each kind where all
+are of different viewers, and half of that where each viewer has some."""
 
 
 @dataclass(slots=True)
@@ -116,6 +117,54 @@ class _Book:
         self.ends = max(self.ends, ends)
 
 
+class _Settled:
+    """Operations that were settled in one way; at most *most*, of which the oldest go first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ends: dict[Account, dict[str, int]] = {}
+        """Until when each is remembered."""
+        self._order: deque[tuple[int, Account, str]] = deque()
+        """The same, the oldest first; also some that have been dropped since."""
+
+    def knows(self, hold: Hold, now: int) -> bool:
+        """Tell whether the operation of *hold* is remembered."""
+        return now < self._ends.get(hold.account, {}).get(hold.operation, 0)
+
+    def add(self, hold: Hold, ends: int, now: int) -> bool:
+        """Remember that of *hold* until *ends*; whether another had to go before its time."""
+        self._ends.setdefault(hold.account, {})[hold.operation] = ends
+        self._order.append((ends, hold.account, hold.operation))
+        # The oldest first: as a rule they are also the first to end.
+        while self._order and self._order[0][0] <= now:
+            self._drop_oldest()
+        return len(self._order) > self._most and self._drop_oldest()
+
+    def _drop_oldest(self) -> bool:
+        ends, account, operation = self._order.popleft()
+        if self._ends.get(account, {}).get(operation) != ends:
+            return False
+        self._drop(account, operation)
+        return True
+
+    def drop(self, hold: Hold) -> None:
+        """Remember that of *hold* no more."""
+        if hold.operation in self._ends.get(hold.account, {}):
+            self._drop(hold.account, hold.operation)
+
+    def _drop(self, account: Account, operation: str) -> None:
+        del self._ends[account][operation]
+        if not self._ends[account]:
+            del self._ends[account]
+
+    def forget(self, account: Account) -> bool:
+        """Remember none of *account*; whether there was one."""
+        return self._ends.pop(account, None) is not None
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
 class InMemoryBackend:
     """
     The backend of ``memory://``.
@@ -133,12 +182,11 @@ class InMemoryBackend:
     ) -> None:
         self._now = clock or steady_clock()
         self._max_accounts = max_accounts
-        self._max_settled = max_settled
         self._books: OrderedDict[Account, _Book] = OrderedDict()
         self._by_end: list[tuple[int, Account]] = []
-        self._settled: OrderedDict[tuple[Account, str], tuple[Literal["c", "v"], int]] = (
-            OrderedDict()
-        )
+        self._confirmed = _Settled(max_settled)
+        # By themselves: every request without an ad makes one, and none may push out what counted.
+        self._voided = _Settled(max_settled)
         self._counts: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._log = structlog.get_logger("vastproxy.state")
         self.forgotten = 0
@@ -202,8 +250,7 @@ class InMemoryBackend:
 
     def _reserve(self, hold: Hold) -> Verdict:
         now = self._now()
-        settled = self._settled_as(hold, now)
-        if settled:
+        if settled := self._settled_as(hold, now):
             return Verdict(granted=settled == "c")
         book = self._book(hold.account)
         book.reap(now)
@@ -236,7 +283,8 @@ class InMemoryBackend:
             book.lives_until(counter.until)
         book.prune(now)
         self._keep(hold.account, book, book.ends)
-        self._settle(hold, "c", now)
+        self._voided.drop(hold)
+        self._remember(self._confirmed, hold, now + hold.keep_ms)
         return "booked" if covered else "late"
 
     def _drawn(self, book: _Book, hold: Hold) -> bool:
@@ -257,21 +305,15 @@ class InMemoryBackend:
             if self._settled_as(hold, now) is None:
                 if (book := self._books.get(hold.account)) is not None:
                     book.release(hold.operation)
-                self._settle(hold, "v", now)
+                self._remember(self._voided, hold, now + hold.ttl_ms)
 
     def _settled_as(self, hold: Hold, now: int) -> Literal["c", "v"] | None:
-        found = self._settled.get((hold.account, hold.operation))
-        return found[0] if found and now < found[1] else None
+        if self._confirmed.knows(hold, now):
+            return "c"
+        return "v" if self._voided.knows(hold, now) else None
 
-    def _settle(self, hold: Hold, how: Literal["c", "v"], now: int) -> None:
-        key = (hold.account, hold.operation)
-        self._settled[key] = (how, now + hold.keep_ms)
-        self._settled.move_to_end(key)
-        # The oldest first: as a rule they are also the first to end.
-        while self._settled and next(iter(self._settled.values()))[1] <= now:
-            self._settled.popitem(last=False)
-        if len(self._settled) > self._max_settled:
-            self._settled.popitem(last=False)
+    def _remember(self, settled: _Settled, hold: Hold, ends: int) -> None:
+        if settled.add(hold, ends, self._now()):
             self._tell_forgotten("operation")
 
     async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
@@ -288,11 +330,9 @@ class InMemoryBackend:
 
     async def forget(self, account: Account) -> bool:
         """Remove all that is kept of *account*."""
-        there = self._books.pop(account, None) is not None
-        settled = [key for key in self._settled if key[0] == account]
-        for key in settled:
-            del self._settled[key]
-        return there or bool(settled)
+        found = [self._books.pop(account, None) is not None]
+        found += [each.forget(account) for each in (self._confirmed, self._voided)]
+        return any(found)
 
     # --- Small items ----------------------------------------------------------------------------
 

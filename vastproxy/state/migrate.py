@@ -60,7 +60,8 @@ MIGRATE_WITHIN = 600.0
 """Seconds that one statement of a migration may take: an index over a day's operations."""
 
 BUSY_MS = 5_000
-"""Milliseconds that SQLite waits for a lock of another process."""
+"""Milliseconds that SQLite waits for a lock of another process, by itself: it sleeps for longer and
+longer, up to 100 ms at a time, and what is free meanwhile it does not see."""
 
 LOCK = 0x7661737470726F78
 """PostgreSQL's advisory lock of a migration: ``vastprox`` in ASCII."""
@@ -127,13 +128,16 @@ def _libpq_words(url: URL) -> URL:
     return url.difference_update_query(["sslmode"]).update_query_dict({"ssl": url.query["sslmode"]})
 
 
-def open_engine(place: Place, *, connections: int, within: float = ANSWER_WITHIN) -> AsyncEngine:
+def open_engine(
+    place: Place, *, connections: int, within: float = ANSWER_WITHIN, busy_ms: int = BUSY_MS
+) -> AsyncEngine:
     """
     Make an engine of so many *connections*, without connecting.
 
-    A statement may take *within* seconds. Statements of PostgreSQL are prepared under names that
-    occur once: PgBouncer (1.21, with max_prepared_statements) may hand a server connection to
-    another client. Before an older one write ``?prepared_statement_cache_size=0``.
+    A statement may take *within* seconds, and wait *busy_ms* for SQLite's lock. Statements of
+    PostgreSQL are prepared under names that occur once: PgBouncer (1.21, with
+    max_prepared_statements) may hand a server connection to another client. Before an older one
+    write ``?prepared_statement_cache_size=0``.
     """
     try:
         engine = create_async_engine(
@@ -144,7 +148,7 @@ def open_engine(place: Place, *, connections: int, within: float = ANSWER_WITHIN
             # A broken connection shows itself; to ask before each use costs a round trip.
             pool_pre_ping=False,
             hide_parameters=True,
-            connect_args=_arguments(place.url, within),
+            connect_args=_arguments(place.url, within, busy_ms),
         )
     except ModuleNotFoundError as missing:
         what = "psycopg" if missing.name == "psycopg" else "vastproxy[database]"
@@ -158,7 +162,7 @@ def open_engine(place: Place, *, connections: int, within: float = ANSWER_WITHIN
     return engine
 
 
-def _arguments(url: URL, within: float) -> dict[str, Any]:
+def _arguments(url: URL, within: float, busy_ms: int) -> dict[str, Any]:
     match url.drivername:
         case "postgresql+asyncpg":
             return {
@@ -170,7 +174,7 @@ def _arguments(url: URL, within: float) -> dict[str, Any]:
             # Whole seconds, and two at least: libpq, section Parameter Key Words.
             return {"connect_timeout": 2, "prepare_threshold": None}
         case _:
-            return {"timeout": BUSY_MS / 1000}
+            return {"timeout": busy_ms / 1000}
 
 
 def _look_for_directory(_: object, __: object, arguments: list[Any], ___: object) -> None:
@@ -195,7 +199,6 @@ def _set_up(connection: Any, _: object) -> None:  # noqa: ANN401 - drivers have 
     connection.isolation_level = None
     cursor = connection.cursor()
     for statement in (
-        f"PRAGMA busy_timeout = {BUSY_MS}",
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = NORMAL",
     ):
@@ -236,6 +239,11 @@ def is_away(error: Exception) -> bool:
         # No word of a server: psycopg could not connect, asyncpg's connection was gone.
         return isinstance(error, OperationalError | InterfaceError)
     return str(code).startswith(AWAY)
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether another process has SQLite's lock, so that nothing was done."""
+    return getattr(_cause(error), "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _cause(error: BaseException) -> BaseException:

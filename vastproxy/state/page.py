@@ -134,7 +134,7 @@ class Page:
         before = self._known(hold.account, hold.operation)
         if before is None or before.status == HELD:
             self._release(hold)
-            self._put(hold, _Operation(VOID, kept_until=self.now + hold.keep_ms))
+            self._put(hold, _Operation(VOID, kept_until=self.now + hold.ttl_ms))
 
     def _release(self, hold: Hold) -> bool:
         """Take off the reservation of *hold*; whether there was one."""

@@ -26,6 +26,7 @@ The server wants ``maxmemory-policy noeviction`` (an evicted counter is a cap th
 replicated: Redis' documentation, "Redis replication".
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
@@ -64,6 +65,9 @@ from vastproxy.state.redis_servers import Call, Servers
 
 HOLDS = 200
 """In one script: it keeps everybody else waiting, about two milliseconds."""
+
+PROBES = 8
+"""Keys, on any nodes of a cluster, of which one at least must take a value."""
 
 _PLAIN = "!\"#$&'()*+,-./:;<=>?@[\\]^_`|~"
 """What stays as it is in names within keys: all printable ASCII but braces, which would end the
@@ -216,11 +220,15 @@ class RedisBackend:
         return 0
 
     async def ping(self) -> None:
-        """Return if every primary answers and one can be written to; tell them the scripts."""
+        """Return if most primaries answer and one can be written to; tell them the scripts."""
         load = [("SCRIPT", "LOAD", each.source) for each in self._scripts.all()]
         await self._servers.everywhere([("PING",), *load])
-        key = f"{self._prefix}ping"
-        await self._ask(Call(key, ("SET", key, 1, "PX", 1000)))
+        keys = [f"{self._prefix}ping:{at}" for at in range(PROBES)]
+        written = [self._ask(Call(each, ("SET", each, 1, "PX", 1000))) for each in keys]
+        ends = await asyncio.gather(*written, return_exceptions=True)
+        problems = [each for each in ends if isinstance(each, BaseException)]
+        if len(problems) == len(ends):
+            raise problems[0]
 
     async def close(self) -> None:
         """Release connections."""

@@ -29,8 +29,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from vastproxy.errors import StateAwayError, StateBackendError
 
-ANSWER_WITHIN = 0.25
-"""Seconds for one exchange with a server: opening a connection where need be, and the answer."""
+ANSWER_WITHIN = 1.0
+"""Seconds for one exchange with a server: opening a connection where need be, and the answer. They
+pass also while this process is busy; callers have less patience with a server that is silent."""
 
 CONNECTIONS = 32
 """To one server, from one process: at a millisecond each they carry all that one loop can ask."""

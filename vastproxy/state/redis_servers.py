@@ -126,11 +126,22 @@ class Servers:
         return True
 
     async def everywhere(self, commands: Sequence[tuple[object, ...]]) -> None:
-        """Send *commands* to every primary; raise what the first of them fails with."""
-        for node in await self._routes.all():
-            for reply in await node.send(commands):
-                if isinstance(reply, RedisError):
-                    raise node.mapped(reply)
+        """
+        Send *commands* to every primary; raise unless more than half of them did them all.
+
+        One that is away must not keep the accounts of all the others away.
+        """
+        nodes = await self._routes.all()
+        tasks = [self._tell(node, commands) for node in nodes]
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        problems = [each for each in ends if each is not None]
+        if 2 * len(problems) >= max(1, len(nodes)):
+            raise problems[0]
+
+    async def _tell(self, node: Node, commands: Sequence[tuple[object, ...]]) -> None:
+        for reply in await node.send(commands):
+            if isinstance(reply, RedisError):
+                raise node.mapped(reply)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -173,6 +173,13 @@ _OPERATION = (
     "booked_at",
 )
 
+_PUTS: Mapping[str, tuple[Table, Sequence[str], Sequence[str]]] = {
+    "operations": (OPERATIONS, _OPERATION, ("account", "operation")),
+    "counters": (FREQUENCY_CAPS, _COUNTER, ("account", "key")),
+    "budgets": (BUDGET_TRACKING, _BUDGET, ("campaign_id",)),
+}
+"""What a transaction writes: into which table which columns, of which some are its key."""
+
 
 @dataclass(frozen=True, slots=True)
 class Statements:
@@ -195,9 +202,9 @@ class Statements:
     drop_lapsed: Executable
     load_operations: Executable
     load_counters: Executable
-    put_operations: Executable
-    put_counters: Executable
-    put_budgets: Executable
+    puts: tuple[tuple[tuple[str, ...], Executable], ...]
+    """What writes ``operations``, ``counters`` and ``budgets``, and which of these parameters, that
+    are as ``rows``, each has: PostgreSQL takes all in one statement, SQLite cannot."""
     keys: Executable
     viewer_levels: Executable
     campaign_levels: Executable
@@ -207,7 +214,6 @@ class Statements:
     lapsing: Executable
     sweeps: tuple[Executable, ...]
     forgets: tuple[Executable, ...]
-    ping: Executable
 
 
 def statements(dialect: str) -> Statements:
@@ -232,9 +238,9 @@ class _Words:
         own = func.floor(extract("epoch", func.clock_timestamp()) * 1000)
         return func.coalesce(given, cast(own, BigInteger), type_=BigInteger())
 
-    def rows(self, **columns: type[TypeEngine[Any]]) -> Subquery:
-        """Say the parameter ``rows`` as a table of *columns*."""
-        given = bindparam("rows", type_=Text())
+    def rows(self, given_as: str = "rows", **columns: type[TypeEngine[Any]]) -> Subquery:
+        """Say the parameter *given_as* as a table of *columns*."""
+        given = bindparam(given_as, type_=Text())
         if self._is_postgres:
             typed = [column(name, kind()) for name, kind in columns.items()]
             records = func.json_to_recordset(cast(given, JSON)).table_valued(*typed, name="given")
@@ -245,10 +251,6 @@ class _Words:
             for name, kind in columns.items()
         ]
         return select(*found).subquery("rows")
-
-    def rows_of(self, table: Table, names: Sequence[str]) -> Subquery:
-        """Say the parameter ``rows`` as rows of *table*."""
-        return self.rows(**{name: _kind(table.c[name]) for name in names})
 
     def parts(self, amounts: ColumnElement[str]) -> TableValuedAlias:
         """Say a JSON object of *amounts* as a table of ``key`` and ``value``."""
@@ -266,9 +268,20 @@ class _Words:
         # WHERE: without it SQLite takes ON CONFLICT for the condition of a join.
         return into.from_select(list(values.c.keys()), select(values).where(true()))
 
-    def put(self, table: Table, names: Sequence[str], keys: Sequence[str]) -> Executable:
-        """Say that ``rows`` stand in *table* from now on, each under its *keys*."""
-        into = self.upsert(table, self.rows_of(table, names))
+    def puts(self) -> list[tuple[tuple[str, ...], Executable]]:
+        """Say what writes all that a transaction changes, in as few statements as can be."""
+        puts = {name: self._put(name, *each) for name, each in _PUTS.items()}
+        if not self._is_postgres:
+            return [((name,), each) for name, each in puts.items()]
+        parts = [each.returning(literal(1)).cte(f"put_{name}") for name, each in puts.items()]
+        return [(tuple(puts), select(literal(1)).add_cte(*parts))]
+
+    def _put(
+        self, given_as: str, table: Table, names: Sequence[str], keys: Sequence[str]
+    ) -> Upsert:
+        """Say that the rows *given_as* stand in *table* from now on, each under its *keys*."""
+        columns = {name: _kind(table.c[name]) for name in names}
+        into = self.upsert(table, self.rows(given_as, **columns))
         changed = {name: into.excluded[name] for name in names if name not in keys}
         return into.on_conflict_do_update(index_elements=list(keys), set_=changed)
 
@@ -418,9 +431,7 @@ def _loads(words: _Words) -> dict[str, Any]:
             (FREQUENCY_CAPS.c.account == counters.c.account)
             & (FREQUENCY_CAPS.c.key == counters.c.key),
         ),
-        "put_operations": words.put(OPERATIONS, _OPERATION, ("account", "operation")),
-        "put_counters": words.put(FREQUENCY_CAPS, _COUNTER, ("account", "key")),
-        "put_budgets": words.put(BUDGET_TRACKING, _BUDGET, ("campaign_id",)),
+        "puts": tuple(words.puts()),
         "keys": select(FREQUENCY_CAPS.c.key).where(
             FREQUENCY_CAPS.c.account == bindparam("owner", type_=Text())
         ),
@@ -490,12 +501,14 @@ def _cleaning(words: _Words) -> dict[str, Any]:
     )
     campaign = bindparam("campaign", type_=Text())
     forgets: tuple[Executable, ...] = (
-        # The budget first: its row is the lock of what follows.
-        delete(BUDGET_TRACKING).where(BUDGET_TRACKING.c.campaign_id == campaign),
+        # The budget first: its row is the lock of what follows. A refusal leaves a row of zeros.
+        delete(BUDGET_TRACKING)
+        .where(BUDGET_TRACKING.c.campaign_id == campaign)
+        .returning((BUDGET_TRACKING.c.spent != 0) | (BUDGET_TRACKING.c.reserved != 0)),
         *(delete(each).where(each.c.account == account) for each in _OF_ACCOUNTS),
     )
     lapsing = select(OPERATIONS.c.account).where(_has_lapsed(now)).distinct().limit(limit)
-    return {"lapsing": lapsing, "sweeps": sweeps, "forgets": forgets, "ping": select(literal(1))}
+    return {"lapsing": lapsing, "sweeps": sweeps, "forgets": forgets}
 
 
 _OF_ACCOUNTS = (FREQUENCY_CAPS, OPERATIONS, VIEWER_ITEMS)

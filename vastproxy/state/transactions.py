@@ -4,9 +4,13 @@ Transactions that end, whoever waits for them.
 Rule 1: a caller may give up at any moment: its transaction goes on to its end, for some seconds at
 most, on a connection that nobody else gets until then. So no lock and no connection is left over.
 Rule 2: who waits is always told: also that nothing comes, because the database was closed.
+Rule 3: a lock of another process costs what it lasts, and no longer: where SQLite would sleep for
+100 ms, it is asked every other millisecond.
 """
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -14,8 +18,9 @@ from vastproxy.errors import StateAwayError, StateBackendError
 from vastproxy.observe.tasks import Tasks
 
 # First of these: it says what to install where SQLAlchemy is missing.
-from vastproxy.state.migrate import Place, mapped_errors, open_engine  # isort: split
+from vastproxy.state.migrate import Place, is_locked, mapped_errors, open_engine  # isort: split
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Executable
 
@@ -26,6 +31,12 @@ CONNECTIONS = 5
 
 QUEUE_WITHIN = 5.0
 """Seconds that a call waits for one of them, as SQLite for its lock; callers have less patience."""
+
+BUSY_MS = 3
+"""Milliseconds that SQLite itself waits for its lock: it looks after one, and after three."""
+
+LOCKED_PAUSE = 0.001
+"""Seconds until it is asked again."""
 
 CLOSE_WITHIN = 3.0
 """Seconds that calls which are under way get when the database is closed."""
@@ -45,7 +56,7 @@ class Transactions:
         # SQLite has one writer: who waits for it here is served in turn.
         self._connections = CONNECTIONS if place.is_postgres else 1
         self._slots = asyncio.Semaphore(self._connections)
-        self.engine = open_engine(place, connections=self._connections)
+        self.engine = open_engine(place, connections=self._connections, busy_ms=BUSY_MS)
         # One statement is a transaction by itself: that saves the two around it.
         alone: dict[str, Any] = (
             {"isolation_level": "AUTOCOMMIT"} if place.is_postgres else {"single_statement": True}
@@ -66,6 +77,16 @@ class Transactions:
                 return await work(connection)
 
         return await self.job(transaction)
+
+    async def warm(self, work: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+        """Do *work* on all connections at the same time, and undo it."""
+
+        async def undone() -> None:
+            async with self.engine.connect() as connection:
+                await work(connection)
+                await connection.rollback()
+
+        await asyncio.gather(*[self.job(undone) for _ in range(self._connections)])
 
     async def say(self, statement: Executable, asked: Mapping[str, object]) -> Rows:
         """Say one *statement* as a part of a job. Raises what drivers raise."""
@@ -98,7 +119,7 @@ class Transactions:
     ) -> None:
         try:
             with mapped_errors(self._place):
-                result = await work()
+                result = await _unlocked(work)
             if not done.done():
                 done.set_result(result)
         except StateBackendError as error:
@@ -131,6 +152,19 @@ class Transactions:
 
     def __repr__(self) -> str:
         return f"<Transactions {self._place}, under way: {self.under_way}>"
+
+
+async def _unlocked(work: Callable[[], Awaitable[T]]) -> T:
+    """Do *work*, as soon as no other process has SQLite's lock: then it has changed nothing."""
+    until = time.monotonic() + QUEUE_WITHIN
+    while True:
+        try:
+            return await work()
+        except (DBAPIError, sqlite3.Error) as error:
+            # The latter comes out of the opening of a connection as it is.
+            if not is_locked(error) or time.monotonic() >= until:
+                raise
+        await asyncio.sleep(LOCKED_PAUSE)
 
 
 def _fail(done: "asyncio.Future[T]", error: BaseException) -> None:

@@ -32,10 +32,7 @@ local function confirm(hold)
   return covered and 0 or 1
 end
 
-if not reaped() then
-  save()
-  return nil
-end
+reaped(REAP)
 local bookings = {}
 for at, hold in ipairs(holds) do
   bookings[at] = confirm(hold)

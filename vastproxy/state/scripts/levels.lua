@@ -1,6 +1,7 @@
--- Tell what stands on counters: for each claim of the one hold {counted, reserved}.
+-- Tell what stands on counters: for each claim of the one hold {counted, reserved}. Nothing: more
+-- reservations have lapsed than one call takes off.
 
-if not reaped() then
+if not reaped(REAP_MORE) then
   save()
   return nil
 end

@@ -1,5 +1,8 @@
 -- Reserve each of a list of holds, wholly or not at all; a repetition changes nothing.
--- Gives for each {1, claims left out ...} granted, {0, claim without room} or {0} refused.
+-- Gives for each {1, claims left out ...} granted, {0, claim without room} or {0} refused. Nothing:
+-- room may be taken by reservations that have lapsed, and there are more of them.
+
+local all_reaped = reaped(REAP)
 
 local function repeated(hold, amounts)
   local verdict = {1}
@@ -53,19 +56,27 @@ local function reserve(hold)
     return repeated(hold, earlier)
   end
   local verdict, amounts = judged(hold)
+  local has_all = amounts and #verdict == 1
+  if not has_all and not all_reaped then
+    return nil
+  end
   if amounts then
+    -- An earlier one of this id may have lapsed, and not been taken off.
+    release(hold[OPERATION])
     take(hold, amounts)
   end
   return verdict
 end
 
-if not reaped() then
-  save()
-  return nil
-end
 local verdicts = {}
 for at, hold in ipairs(holds) do
   verdicts[at] = reserve(hold)
+  if not verdicts[at] then
+    -- What was granted before this one stays so, and is told when the caller asks again.
+    reaped(REAP_MORE)
+    verdicts = nil
+    break
+  end
 end
 save()
 return verdicts
