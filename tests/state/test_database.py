@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -651,3 +652,13 @@ def test_repr_tells_the_place_and_no_password() -> None:
         "<DatabaseBackend postgresql db.example:5433/state not looked at yet, calls under way: 0>"
         == repr(backend)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("nowhere/state.db", "there is no directory"), ("", "is a directory (name a file in it)")],
+)
+async def test_file_that_cannot_be(tmp_path: Path, name: str, advice: str) -> None:
+    """A file for which there is no place is a mistake, and no outage that passes."""
+    with pytest.raises(StateBackendError, match=re.escape(advice)):
+        DatabaseBackend(f"sqlite:///{tmp_path}/{name}".rstrip("/"))

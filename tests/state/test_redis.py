@@ -255,7 +255,9 @@ async def test_a_server_that_hangs_is_away_within_the_limit() -> None:
         (b"-CLUSTERDOWN The cluster is down\r\n", StateAwayError, "cluster is down"),
         (b"-READONLY You can't write against a replica.\r\n", StateAwayError, "replica"),
         (b"-TRYAGAIN Multiple keys request\r\n", StateAwayError, "Multiple keys"),
-        (b"-OOM command not allowed\r\n", StateBackendError, "not allowed"),
+        (b"-OOM command not allowed\r\n", StateAwayError, "not allowed"),
+        (b"-MISCONF no disk\r\n", StateAwayError, "no disk"),
+        (b"-NOREPLICAS too few\r\n", StateAwayError, "too few"),
         (b"-NOPERM no permissions\r\n", StateBackendError, "no permissions"),
         (b"-MOVED 42 127.0.0.1:1\r\n", StateBackendError, r"write `redis\+cluster://`"),
         (b"-NOSCRIPT No matching script\r\n", StateBackendError, "No matching script"),
@@ -627,7 +629,7 @@ async def test_a_server_that_takes_no_writes_is_not_back(
     """It answers, but to count is what it is for."""
     server.call("CONFIG", "SET", "maxmemory", "1")
     try:
-        with pytest.raises(StateBackendError, match="maxmemory"):
+        with pytest.raises(StateAwayError, match="maxmemory"):
             await backend.ping()
     finally:
         server.call("CONFIG", "SET", "maxmemory", "0")

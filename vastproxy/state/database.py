@@ -72,6 +72,7 @@ class DatabaseBackend:
     def __init__(self, url: str, *, clock: Callable[[], int] | None = None) -> None:
         self._url = url
         self._place = place_of(url)
+        self._place.check()
         self._clock = clock or (None if self._place.is_postgres else steady_clock())
         self._transactions = Transactions(self._place)
         self._says = statements(self._place.url.get_backend_name())

@@ -73,8 +73,12 @@ Beginnings of SQLSTATEs of a server that is away or too busy: PostgreSQL, append
 idle_in_transaction_session_timeout; internal_error is what poolers answer without a server.
 """
 
-BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN)
-"""Primary result codes of SQLite: https://www.sqlite.org/rescode.html"""
+BUSY = (
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN),
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
+)
+"""Primary result codes of SQLite: https://www.sqlite.org/rescode.html; a disk that is full or
+broken too, which somebody will mend."""
 
 Standing = Literal["empty", "outdated", "current", "newer", "foreign"]
 """What a database is to this version; ``foreign`` has our tables, and no revision."""
@@ -92,6 +96,18 @@ class Place:
     def is_postgres(self) -> bool:
         """Whether it is PostgreSQL's; SQLite's otherwise."""
         return self.url.get_backend_name() == "postgresql"
+
+    def check(self) -> None:
+        """Raise StateBackendError where no database could ever be: a mistake, and no outage."""
+        if self.is_postgres:
+            return
+        path = Path(self.url.database or "")
+        if path.is_dir():
+            raise StateBackendError(f"state: {path} is a directory (name a file in it)")
+        if not path.parent.is_dir():
+            raise StateBackendError(
+                f"state: {path}: there is no directory {path.parent} (make it, or name another)"
+            )
 
     def __str__(self) -> str:
         """Name it in messages: without user and password."""

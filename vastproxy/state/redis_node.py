@@ -19,6 +19,7 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     ClusterDownError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
@@ -49,10 +50,13 @@ _AWAY = (
     AskError,
     TryAgainError,
     ReadOnlyError,
+    OutOfMemoryError,
     OSError,
 )
 """Among them a cluster that sends callers around, and a primary that has become a replica: its name
 is about to lead elsewhere."""
+_NO_WRITES = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
+"""How a server begins that takes no writes now, and will when somebody has mended it."""
 
 T = TypeVar("T")
 
@@ -118,7 +122,7 @@ class Node:
             return StateAwayError(f"Redis at {self.at} is loading its data")
         if isinstance(error, TimeoutError | RedisTimeoutError):
             return StateAwayError(f"Redis at {self.at}: no answer in {self.within * 1000:.0f} ms")
-        away = isinstance(error, _AWAY)
+        away = isinstance(error, _AWAY) or text.startswith(_NO_WRITES)
         return (StateAwayError if away else StateBackendError)(f"Redis at {self.at}: {text}")
 
     def check(self) -> None:
