@@ -94,7 +94,7 @@ def test_default_state_is_the_memory_of_one_process() -> None:
     assert ("memory", 1, ()) == (config.state.kind, config.server.workers, config.server.secret)
     assert (0.05, None) == (config.state_timeout, config.journal)
     assert ((), None) == (config.routes[0].frequency_caps, config.routes[0].budget)
-    assert (600.0, 86400.0) == (config.routes[0].reservation_ttl, config.server.beacon_ttl)
+    assert (600.0, 21_600.0) == (config.routes[0].reservation_ttl, config.server.beacon_ttl)
 
 
 def test_config_cannot_be_changed() -> None:

@@ -14,8 +14,9 @@ from vastproxy.config.template import Template
 from vastproxy.errors import (
     NoAdError,
     StateBackendError,
+    UpstreamError,
     UpstreamStatusError,
-    VastproxyError,
+    VastError,
     VastSyntaxError,
 )
 from vastproxy.model import AdRequest, HopReply
@@ -364,7 +365,7 @@ async def test_failures_go_with_the_request(
     await VastChainResolver().resolve(a_session(client, server))
     await asyncio.sleep(0)  # a connection that was reset is forgotten in the next turn
 
-    kinds = (VastDocument, VastproxyError, VastSession)
+    kinds = (VastDocument, UpstreamError, VastError, VastSession)
     assert [] == [each for each in gc.get_objects() if isinstance(each, kinds)]
 
 
