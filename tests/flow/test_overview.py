@@ -1,6 +1,7 @@
 """What operators see of budgets, and of one viewer."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from vastproxy.flow.budgets import Budget
 from vastproxy.flow.caps import Cap
 from vastproxy.flow.overview import Overview
 from vastproxy.session.seals import ViewerNames
-from vastproxy.state.base import Account, Hold, Level, money
+from vastproxy.state.base import Account, Claim, Hold, Level, money
 from vastproxy.state.memory import InMemoryBackend
 from vastproxy.state.windows import Span
 
@@ -160,3 +161,20 @@ def test_repr() -> None:
     assert "<Overview of <InMemoryBackend accounts: 0, forgotten: 0>>" == repr(
         an_overview(a_backend())
     )
+
+
+async def test_first_calls_after_a_restart() -> None:
+    """Connections that a restart of the server has cut cost an operator nothing but a moment."""
+
+    class Restarted(InMemoryBackend):
+        cut = 3
+
+        async def levels(self, account: Account, claims: Sequence[Claim]) -> list[Level]:
+            """Fail as often as there are dead connections."""
+            if self.cut:
+                self.cut -= 1
+                raise StateAwayError("the connection was closed")
+            return await super().levels(account, claims)
+
+    [found] = await an_overview(Restarted(), ("/pre", Terms(budget=SPRING))).budgets()
+    assert 0 == found["spent"]

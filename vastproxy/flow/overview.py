@@ -6,7 +6,7 @@ where it is away, StateBackendError says so.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 PATIENCE = 2.0
 """Seconds that an operator waits for the state."""
+AGAIN = 0.05
+"""Seconds between two questions to a state that is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Overview:
         return await self._told(found) if found else None
 
     async def _told(self, budget: Budget) -> dict[str, Any]:
-        [level] = await _soon(self.state.levels(budget.account, [budget.claim(0)]))
+        [level] = await _soon(lambda: self.state.levels(budget.account, [budget.claim(0)]))
         rest = max(0, budget.limit - level.counted - level.reserved)
         return {
             "campaign": budget.campaign,
@@ -68,10 +70,10 @@ class Overview:
     async def viewer(self, viewer: str, now: int) -> dict[str, Any]:
         """Tell what is kept of the viewer with the id *viewer*, at *now* in Unix milliseconds."""
         account = Account("viewer", self.names.name(viewer))
-        keys = sorted(await _soon(self.state.keys(account)))
+        keys = sorted(await _soon(lambda: self.state.keys(account)))
         claims = [claim_of(each, 1, now) for each in keys]
-        levels = await _soon(self.state.levels(account, claims)) if keys else []
-        items = await _soon(self.state.read_items(account))
+        levels = await _soon(lambda: self.state.levels(account, claims)) if keys else []
+        items = await _soon(lambda: self.state.read_items(account))
         caps = [self._cap(key, level) for key, level in zip(keys, levels, strict=True)]
         return {"caps": caps, "cookies": described(items)}
 
@@ -97,7 +99,7 @@ class Overview:
 
     async def forget(self, viewer: str) -> bool:
         """Remove all that is kept of the viewer with the id *viewer*; whether there was any."""
-        return await _soon(self.state.forget(Account("viewer", self.names.name(viewer))))
+        return await _soon(lambda: self.state.forget(Account("viewer", self.names.name(viewer))))
 
     def __repr__(self) -> str:
         return f"<Overview of {self.state!r}>"
@@ -108,12 +110,24 @@ def _pays(one: Budget | None, budget: Budget) -> bool:
     return one is not None and one.campaign == budget.campaign
 
 
-async def _soon(call: Awaitable[T]) -> T:
+async def _soon(call: Callable[[], Awaitable[T]]) -> T:
+    """
+    Give what *call* gives, asking again while the state is away and there is patience.
+
+    After a restart of its server the connections kept from before are dead, and the first calls
+    find that out. All that is asked here may be asked twice.
+    """
+    problem = f"no answer in {PATIENCE:g} s"
     try:
         async with asyncio.timeout(PATIENCE):
-            return await call
+            while True:
+                try:
+                    return await call()
+                except StateAwayError as error:
+                    problem = str(error)
+                await asyncio.sleep(AGAIN)
     except TimeoutError:
-        raise StateAwayError(f"no answer in {PATIENCE:g} s") from None
+        raise StateAwayError(problem) from None
 
 
 def _number(amount: Decimal) -> int | float:
