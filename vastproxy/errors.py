@@ -11,9 +11,11 @@ Every exception of vastproxy, drawn as one tree.
     │   ├── VastVersionError    102: a version that is not understood (VAST 1.x)
     │   └── NoAdError           303: the HTTP status says that there is no ad
     ├── UpstreamError           an ad server could not be asked, or did not answer as one
+    │   ├── UpstreamConnectError    301: no connection, so nothing was sent
     │   ├── UpstreamTimeoutError    301: no answer in time
     │   ├── UpstreamStatusError     301: an HTTP status that is no success
     │   ├── UpstreamTooLargeError   301: the body passes the cap
+    │   ├── UpstreamRefusedError    300: the proxy itself did not ask
     │   ├── RedirectError           300: too many redirects, or one that leads nowhere
     │   └── EgressBlockedError      300: an address that hops may not reach
     ├── StateBackendError       the state backend did not do what it was asked
@@ -23,7 +25,7 @@ Every exception of vastproxy, drawn as one tree.
 The VAST code of a failure is on its class: who reports an error does not decide on it again.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class VastproxyError(Exception):
@@ -88,6 +90,19 @@ class UpstreamError(VastproxyError):
         super().__init__(reason)
 
 
+class UpstreamConnectError(UpstreamError):
+    """
+    No connection, so nothing was sent: the one failure after which a request may go out again.
+
+    *local* says that it failed for want of something here, sockets or ports, and that the ad
+    server has nothing to do with it.
+    """
+
+    def __init__(self, reason: str, *, local: bool = False) -> None:
+        self.local = local
+        super().__init__(reason)
+
+
 class UpstreamTimeoutError(UpstreamError):
     """
     No whole answer in time.
@@ -111,6 +126,20 @@ class UpstreamStatusError(UpstreamError):
 
 class UpstreamTooLargeError(UpstreamError):
     """A body beyond the cap, counted after decompression."""
+
+
+class UpstreamRefusedError(UpstreamError):
+    """
+    The proxy did not ask: an open breaker, a rate that is used up, too many calls under way.
+
+    *by* says which of the three.
+    """
+
+    vast_code = 300
+
+    def __init__(self, reason: str, *, by: Literal["breaker", "rate_limit", "busy"]) -> None:
+        self.by = by
+        super().__init__(reason)
 
 
 class RedirectError(UpstreamError):

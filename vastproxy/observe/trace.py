@@ -1,6 +1,55 @@
 """What happened to one ad request: facts for the log, for ``Server-Timing`` and for people."""
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+What = Literal[
+    "ad",
+    "no_ad",
+    "failed",
+    "breaker",
+    "rate_limit",
+    "busy",
+    "capped",
+    "over_budget",
+    "late",
+    "cancelled",
+    "not_asked",
+]
+"""
+What became of an upstream in the waterfall: it gave an ad, or none; it failed; the proxy did not
+ask it (open breaker, rate, too many calls, cap, budget, no time left); it passed its soft limit and
+the next was started; another was quicker.
+"""
+
+BreakerState = Literal["closed", "open", "half-open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One step of the waterfall."""
+
+    upstream: str
+    what: What
+    milliseconds: float
+    """From the beginning of the ad request."""
+    detail: str = ""
+    """Why, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChange:
+    """A circuit breaker that changed its state."""
+
+    breaker: str
+    """The upstream's name, or the site of a hop."""
+    old: BreakerState
+    new: BreakerState
+    reason: str
+    """In words."""
+
+    def __str__(self) -> str:
+        return f"{self.breaker} {self.old}->{self.new}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +102,10 @@ class Hop:
     """The VAST code of what went wrong."""
     problem: str = ""
     """The same in words."""
+    refused: str = ""
+    """By what the proxy was kept from asking: ``breaker``, ``rate_limit`` or ``busy``."""
+    cache: str = ""
+    """What the cache did, in words; empty where there is none."""
 
 
 @dataclass(slots=True)
@@ -63,6 +116,14 @@ class Trace:
     """Whether hops also tell the ads of their documents: for people who ask why."""
     hops: list[Hop] = field(default_factory=list)
     begun: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    """The steps of the waterfall."""
+    changes: list[BreakerChange] = field(default_factory=list)
+    """Breakers that changed because of this request."""
+    shadowed: list[str] = field(default_factory=list)
+    """Breakers that would have refused a call, and only watch."""
+    cache_status: list[str] = field(default_factory=list)
+    """Members of the header ``Cache-Status`` (RFC 9211)."""
 
     def begin(self) -> int:
         """Give the number of a hop that begins."""
