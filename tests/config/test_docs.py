@@ -39,6 +39,7 @@ def _settings(section: dict[str, Any], path: str, whole: dict[str, Any]) -> dict
 SETTINGS = _settings(json_schema(), "", json_schema())
 # These sections have a heading of their own, not an entry.
 del SETTINGS["server"], SETTINGS["log"], SETTINGS["egress"]
+HOUSE = '<VAST version="4.2"><Ad id="house"><InLine><AdSystem>house</AdSystem></InLine></Ad></VAST>'
 ENTRIES = dict(re.findall(r"^### `([^`]+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -46,7 +47,10 @@ def _with_example(path: str) -> str:
     """Write a small config that has the example of the entry *path* at its place."""
     found = re.search(r"^- Example: `(.*)`$", ENTRIES[path], re.MULTILINE)
     assert found is not None
-    main: dict[str, Any] = {"endpoint": "https://a.tv/", "macros": {}}
+    sections = ("macros", "circuit_breaker", "retry", "cache")
+    main: dict[str, Any] = {"endpoint": "https://a.tv/", "timeout": "2s"}
+    main |= {name: {} for name in sections}
+    main |= {"rate_limit": {"rate": "1/s"}, "cache": {"scope": "shared"}}
     house = {"endpoint": "https://b.tv/"}
     cap: dict[str, Any] = {"limit": "3", "window": "1h"}
     if path.endswith("time_zone"):
@@ -54,11 +58,14 @@ def _with_example(path: str) -> str:
     budget: dict[str, Any] = {"campaign": "spring", "limit": "10"}
     route: dict[str, Any] = {"path": "/{rest}", "upstreams": ["main"], "viewer": ["query:uid"]}
     route |= {"frequency_caps": [cap], "budget": budget}
+    egress: dict[str, Any] = {"circuit_breaker": {}}
     config: dict[str, Any] = {"upstreams": {"main": main, "house": house}, "routes": [route]}
+    config |= {"egress": egress, "state": "redis://127.0.0.1:6379"}
     places = {
         "": config,
         "upstreams.NAME": main,
-        "upstreams.NAME.macros": main["macros"],
+        "egress.circuit_breaker": egress["circuit_breaker"],
+        **{f"upstreams.NAME.{name}": main[name] for name in (*sections, "rate_limit")},
         "routes.N": route,
         "routes.N.frequency_caps.N": cap,
         "routes.N.budget": budget,
@@ -87,16 +94,23 @@ def test_entry_has_the_type_and_the_default(path: str) -> None:
         assert "\n- Required\n" in ENTRIES[path]
 
 
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Make the directory of a config, with the file that the page's examples name."""
+    (tmp_path / "house.xml").write_text(HOUSE, encoding="utf-8")
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", sorted(SETTINGS))
-def test_entry_has_an_example(path: str) -> None:
+def test_entry_has_an_example(path: str, directory: Path) -> None:
     """The example of each entry is a line that can stand at its place."""
-    assert loads(_with_example(path), source="config.md", environ=ENVIRON)
+    assert loads(_with_example(path), source="config.md", environ=ENVIRON, directory=directory)
 
 
 @pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-def test_complete_example_is_a_config(text: str) -> None:
+def test_complete_example_is_a_config(text: str, directory: Path) -> None:
     """Each complete example of the page can be used as it is."""
-    assert loads(text, source="config.md", environ=ENVIRON).routes
+    assert loads(text, source="config.md", environ=ENVIRON, directory=directory).routes
 
 
 def test_every_choice_is_named() -> None:

@@ -159,6 +159,20 @@ frequency_caps: {limit: 3}
 frequency_caps: {'limit': '3'} is no list (write one such as [first, second])
 budget: spring
 budget: 'spring' is no section (write indented lines of `name: value`)
+fallback: <VAST
+fallback: the document is not well-formed: Couldn't find end of Start Tag VAST line 1, line 1, \
+column 6 (mend it there)
+fallback: <html/>
+fallback: the document is no VAST: the root element is <html>, not <VAST> (write <VAST> around it)
+fallback: <VAST/>
+fallback: the document has no InLine ad (write one, or null for an empty answer)
+fallback: <VAST><Ad/></VAST>
+fallback: the document has no InLine ad (write one, or null for an empty answer)
+fallback: <VAST><Ad><InLine/></Ad><Ad><Wrapper/></Ad></VAST>
+fallback: the document has a Wrapper, and a fallback is what is there when nobody can be asked \
+(write InLine ads)
+fallback: [house.xml]
+fallback: ['house.xml'] is no VAST (write the path of a VAST file, or VAST itself)
 """
 # These stand in a cap of a route that has `viewer`.
 MISTAKES_OF_A_CAP = """
@@ -281,8 +295,122 @@ macros: {timestamp: iso}
 macros.timestamp: 'iso' is no choice here (write 'unix_ms' or 'iso8601')
 macros: {aliases: {'[x]': XXXX}}
 macros.aliases.[x]: 'XXXX' is no registered macro (write a name such as IFA, without brackets)
-circuit_breaker: {}
-circuit_breaker: unknown setting 'circuit_breaker' (there are: endpoint, hosts, params, headers,
+colour: red
+colour: unknown setting 'colour' (there are: endpoint, hosts, params, headers, timeout,
+soft_timeout: 1s
+soft_timeout: 1s is not shorter than the timeout, 1s, after which the next one is asked anyway \
+(write less, or null)
+soft_timeout: 0.5ms
+soft_timeout: 0.0005s is too short (write 1ms or more)
+max_requests_in_flight: 0
+max_requests_in_flight: '0' is too little (write 1 or more)
+circuit_breaker: off
+circuit_breaker: 'off' does not switch it (write {mode: off})
+circuit_breaker:
+circuit_breaker: null does not switch it (write {mode: off})
+circuit_breaker: on
+circuit_breaker: 'on' does not switch it (write {mode: enforce})
+circuit_breaker: fast
+circuit_breaker: 'fast' is no section (write indented lines of `name: value`)
+circuit_breaker: {mode: on}
+circuit_breaker.mode: 'on' is no choice here (write 'enforce', 'shadow' or 'off')
+circuit_breaker: {fail_max: 0}
+circuit_breaker.fail_max: '0' is too little (write 1 or more)
+circuit_breaker: {fail_max: 10001, mode: off}
+circuit_breaker.fail_max: '10001' is too much (write 10000 or less)
+circuit_breaker: {failure_rate: 50}
+circuit_breaker.failure_rate: '50' is more than the whole (write 50%)
+circuit_breaker: {slow_call_rate: 0%}
+circuit_breaker.slow_call_rate: '0%' is no share at all (write more than 0%, such as 10%)
+circuit_breaker: {min_calls: 100001}
+circuit_breaker.min_calls: '100001' is too much (write 100000 or less)
+circuit_breaker: {window: 11m}
+circuit_breaker.window: 660s is too long (write 10m or less)
+circuit_breaker: {window: 0.9s}
+circuit_breaker.window: 0.9s is too short (write 1s or more)
+circuit_breaker: {slow_call: 2m}
+circuit_breaker.slow_call: 120s is too long (write 1m or less)
+circuit_breaker: {reset_timeout: 2h}
+circuit_breaker.reset_timeout: 7200s is too long (write 1h or less)
+circuit_breaker: {reset_timeout: x}
+circuit_breaker.reset_timeout: 'x' is no duration (write 800ms, 2s or 1h)
+circuit_breaker: {reset_timeout: 10m, max_reset_timeout: 9m}
+circuit_breaker.max_reset_timeout: 540s is shorter than reset_timeout, 600s (write 600s or more, \
+or remove this line)
+circuit_breaker: {max_reset_timeout: 2d}
+circuit_breaker.max_reset_timeout: 172800s is too long (write 24h or less)
+circuit_breaker: {success_threshold: 101}
+circuit_breaker.success_threshold: '101' is too much (write 100 or less)
+circuit_breaker: {quorum: 1001}
+circuit_breaker.quorum: '1001' is too much (write 1000 or less)
+circuit_breaker: {share: true}
+circuit_breaker.share: this goes over Redis, and the state is memory (write state: \
+redis://127.0.0.1:6379, or share: false)
+circuit_breaker: {fail_maximum: 3}
+circuit_breaker.fail_maximum: unknown setting 'fail_maximum' (did you mean 'fail_max'?)
+rate_limit: 100
+rate_limit: '100' has no unit (write 100/s, 100/m or 100/h)
+rate_limit: 100/d
+rate_limit: '100/d' is no rate (write 100/s, 6000/m or 360000/h)
+rate_limit: off
+rate_limit: 'off' does not switch it (write null)
+rate_limit: on
+rate_limit: 'on' does not switch it (write a rate such as 100/s)
+rate_limit: [100/s]
+rate_limit: ['100/s'] is no section (write indented lines of `name: value`)
+rate_limit: {burst: 3}
+rate_limit.rate: it is missing (add it)
+rate_limit: {rate: fast}
+rate_limit.rate: 'fast' is no rate (write 100/s, 6000/m or 360000/h)
+rate_limit: {rate: 1/s, burst: 0}
+rate_limit.burst: '0' is too little (write 1 or more)
+rate_limit: {rate: 1/s, share: Yes}
+rate_limit.share: this goes over Redis, and the state is memory (write state: \
+redis://127.0.0.1:6379, or share: false)
+rate_limit: {rate: 1/s, bursts: 2}
+rate_limit.bursts: unknown setting 'bursts' (did you mean 'burst'?)
+retry: off
+retry: 'off' does not switch it (write {attempts: 0})
+retry: {attempts: 6}
+retry.attempts: '6' is too much (write 5 or less)
+retry: {budget: 10}
+retry.budget: '10' is more than the whole (write 10%)
+cache: on
+cache: 'on' does not switch it (write {}, which has its defaults)
+cache: off
+cache: 'off' does not switch it (write null)
+cache: {}
+cache: answers are kept for each viewer, and no route that asks this upstream says where a request \
+names one (add viewer: ["query:uid"] to routes.0, or write scope: shared)
+cache: {scope: everybody}
+cache.scope: 'everybody' is no choice here (write 'viewer' or 'shared')
+cache: {scope: shared, ttl: 500ms}
+cache.ttl: 0.5s is too short (write 1s or more)
+cache: {scope: shared, ttl: 8d}
+cache.ttl: 691200s is too long (write 7d or less)
+cache: {scope: shared, paid: maybe}
+cache.paid: 'maybe' is neither true nor false (write true or false)
+cache: {scope: shared, vary: [slot]}
+cache.vary.0: 'slot' names no part of a request (write query:uid, header:X-Uid or cookie:uid)
+cache: {scope: shared, ignore: [cb, a=b]}
+cache.ignore.1: 'a=b' is no name of a query parameter (write one such as cb)
+cache: {scope: shared, no_fill_ttl: 0s}
+cache.no_fill_ttl: '0s' is no time at all (write off, or a time such as 5s)
+cache: {scope: shared, no_fill_ttl: 2h}
+cache.no_fill_ttl: 7200s is too long (write 1h or less)
+cache: {scope: shared, stale_if_error: 10}
+cache.stale_if_error: '10' has no unit (write 10ms, 10s or 10m)
+cache: {scope: shared, stale_while_revalidate: never}
+cache.stale_while_revalidate: 'never' is no duration (write 800ms, 2s or 1h)
+cache: {scope: shared, max_size: 63KiB}
+cache.max_size: 64512 bytes are too few (write 64KiB or more)
+cache: {scope: shared, max_size: 5GiB}
+cache.max_size: 5368709120 bytes are too many (write 4GiB or less)
+cache: {scope: shared, redis: true}
+cache.redis: this goes over Redis, and the state is memory (write state: \
+redis://127.0.0.1:6379, or redis: false)
+cache: {scope: shared, tll: 5s}
+cache.tll: unknown setting 'tll' (there are: ttl, scope, paid, vary, ignore,
 """
 OTHER_MISTAKES = """
 server: {workers: 0}
@@ -339,6 +467,15 @@ egress: {ports: []}
 egress.ports: it is empty (write at least one)
 egress: {ports: [70000]}
 egress.ports.0: '70000' is too much (write 65535 or less)
+egress: {circuit_breaker: off}
+egress.circuit_breaker: 'off' does not switch it (write {mode: off})
+egress: {circuit_breaker: {share: true}}
+egress.circuit_breaker.share: unknown setting 'share' (there are: mode, fail_max, failure_rate, \
+min_calls, window, slow_call, slow_call_rate, reset_timeout, max_reset_timeout, success_threshold)
+egress: {circuit_breaker: {failure_rate: 101%}}
+egress.circuit_breaker.failure_rate: '101%' is more than the whole (write 100% or less)
+egress: {max_requests_in_flight: 0}
+egress.max_requests_in_flight: '0' is too little (write 1 or more)
 log: info
 log: 'info' is no section (write indented lines of `name: value`)
 log: {colour: red}
@@ -809,3 +946,91 @@ def test_any_structure_is_a_config_or_a_config_error(
     for data in (first, sections, entries):
         with suppress(ConfigError):
             read(yaml.safe_dump(data, allow_unicode=True), {"A": "1234"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "circuit_breaker: {share: true, quorum: 3}",
+        "rate_limit: {rate: 100/s, share: true}",
+        "cache: {scope: shared, redis: true}",
+    ],
+)
+def test_instances_share_over_redis_only(line: str) -> None:
+    """What instances have together needs a state that is Redis, whichever its URL."""
+    for state in ("redis://h", "rediss://h", "redis+cluster://h", "rediss+cluster://h"):
+        assert read(f"{upstream(line)}state: {state}\n").upstreams
+    for state, kind in (("sqlite:///a.db", "sqlite"), ("postgresql://u:pw-pw@h/db", "postgresql")):
+        (told,) = problems(f"{upstream(line)}state: {state}\n")
+
+        assert f"this goes over Redis, and the state is {kind} (write state: redis://" in told
+
+
+def test_wrong_state_is_one_mistake() -> None:
+    """Where the state is no state, nobody says that it is not Redis."""
+    text = f"{upstream('circuit_breaker: {share: true}')}state: reddis://h\n"
+
+    assert ["line 7: state: this is the URL of no state"] == [
+        each[: len("line 7: state: this is the URL of no state")] for each in problems(text)
+    ]
+
+
+def test_answers_to_cookies_are_not_for_everybody() -> None:
+    """An upstream that knows viewers by their cookies has no answers that are the same for all."""
+    one = "cookies: viewer\n    cache: {ttl: 60s, scope: shared}"
+    text = upstream(one).replace("upstreams: main", "upstreams: main, viewer: ['query:uid']")
+
+    (told,) = problems(text)
+
+    assert (
+        "line 4: upstreams.main.cache.scope: with cookies: viewer each viewer sends his own, and "
+        "what they are answered is for him alone (write scope: viewer, or cookies: chain)"
+    ) == told
+    assert read(text.replace("cookies: viewer", "cookies: chain")).upstreams
+    assert read(text.replace("scope: shared", "scope: viewer")).upstreams
+
+
+def test_answers_for_viewers_need_viewers() -> None:
+    """One route that knows viewers is enough; an upstream that no route asks needs none."""
+    unknown = upstream("cache: {ttl: 60s}")
+    known = "  - {path: /known, upstreams: [other, main], viewer: ['query:uid']}\n"
+    other = unknown.replace("routes:", "  other: {endpoint: https://a.tv/}\nroutes:")
+
+    (told,) = problems(unknown)
+
+    assert (
+        "line 3: upstreams.main.cache: answers are kept for each viewer, and no route that asks "
+        'this upstream says where a request names one (add viewer: ["query:uid"] to routes.0, or '
+        "write scope: shared)"
+    ) == told
+    assert read(other + known).upstreams
+    assert read(other.replace("upstreams: main", "upstreams: other")).upstreams
+
+
+PAID_BY_BUDGET = """\
+upstreams:
+  main: {endpoint: "https://a.example/", cache: {scope: shared, paid: no}}
+  house: {endpoint: "https://b.example/"}
+routes:
+  - path: /x
+    upstreams: [main, house]
+    budget: {campaign: c, limit: 10, currency: USD, cpm: 2}
+"""
+
+
+def test_paid_and_said_not_to_be() -> None:
+    """Whose ads a budget pays for cannot be said not to be paid."""
+    with pytest.raises(ConfigError) as caught:
+        loads(PAID_BY_BUDGET, source="config.yaml", environ={})
+
+    assert caught.value.problems[0].startswith(
+        "line 2: upstreams.main.cache.paid: the budget of routes.0 pays for each of its ads"
+    )
+
+
+@pytest.mark.parametrize("more", ["upstreams: [house]", "mode: off"])
+def test_not_paid_by_that_budget(more: str) -> None:
+    """A budget for other upstreams, and one that is off, pays for nothing here."""
+    text = PAID_BY_BUDGET.replace("cpm: 2", f"cpm: 2, {more}")
+
+    assert loads(text, source="config.yaml", environ={}).upstreams["main"].cache is not None

@@ -20,6 +20,8 @@ from vastproxy.config.units import (
     parse_host_pattern,
     parse_money,
     parse_network,
+    parse_rate,
+    parse_share,
     parse_size,
     shown,
 )
@@ -58,7 +60,15 @@ def test_bad_duration_is_explained(message: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(1000, "1000B"), (1000, "1kB"), (524288, "512KiB"), (10**6, "1MB"), (2097152, "2MiB")],
+    [
+        (1000, "1000B"),
+        (1000, "1kB"),
+        (524288, "512KiB"),
+        (10**6, "1MB"),
+        (2097152, "2MiB"),
+        (10**9, "1GB"),
+        (2**30, "1GiB"),
+    ],
 )
 def test_size_is_bytes(size: int, text: str) -> None:
     """A size of any unit is kept in bytes."""
@@ -82,11 +92,82 @@ def test_bad_size_is_explained(message: str, text: str) -> None:
     assert message == str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.5, "50%"), (0.5, "0.5"), (1.0, "100%"), (1.0, "1"), (0.125, "12.5%"), (0.01, "0.01")],
+)
+def test_share_is_a_part_of_one(share: float, text: str) -> None:
+    """A percentage and a number up to 1 are the same kind of value."""
+    assert share == parse_share(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("'50' is more than the whole (write 50%)", "50"),
+        ("'1.5' is more than the whole (write 1.5%)", "1.5"),
+        ("'200' is more than the whole (write 100% or less)", "200"),
+        ("'101%' is more than the whole (write 100% or less)", "101%"),
+        ("'0' is no share at all (write more than 0%, such as 10%)", "0"),
+        ("'0.0%' is no share at all (write more than 0%, such as 10%)", "0.0%"),
+        ("'half' is no share (write 50%, or 0.5)", "half"),
+        ("'50 %' is no share (write 50%, or 0.5)", "50 %"),
+        ("'-5%' is no share (write 50%, or 0.5)", "-5%"),
+        ("'' is no share (write 50%, or 0.5)", ""),
+    ],
+)
+def test_bad_share_is_explained(message: str, text: str) -> None:
+    """A text that is no share is refused in words that say what to write."""
+    with pytest.raises(ValueError, match=r"\(") as caught:
+        parse_share(text)
+
+    assert message == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (100.0, "100/s"),
+        (100.0, "6000/m"),
+        (100.0, "360000/h"),
+        (0.5, "0.5/s"),
+        (1 / 3600, "1/h"),
+        (1_000_000.0, "1000000/s"),
+    ],
+)
+def test_rate_is_times_a_second(rate: float, text: str) -> None:
+    """A rate of any unit is kept in times a second."""
+    assert rate == parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("'100' has no unit (write 100/s, 100/m or 100/h)", "100"),
+        ("'100/d' is no rate (write 100/s, 6000/m or 360000/h)", "100/d"),
+        ("'100/' is no rate (write 100/s, 6000/m or 360000/h)", "100/"),
+        ("'100rps' is no rate (write 100/s, 6000/m or 360000/h)", "100rps"),
+        ("'100 / s' is no rate (write 100/s, 6000/m or 360000/h)", "100 / s"),
+        ("'' is no rate (write 100/s, 6000/m or 360000/h)", ""),
+        ("'0/s' is too seldom (write 1/h or more)", "0/s"),
+        ("'0.5/h' is too seldom (write 1/h or more)", "0.5/h"),
+        ("'1000001/s' is too often (write 1000000/s or less)", "1000001/s"),
+    ],
+)
+def test_bad_rate_is_explained(message: str, text: str) -> None:
+    """A text that is no rate is refused in words that say what to write."""
+    with pytest.raises(ValueError, match=r"\(") as caught:
+        parse_rate(text)
+
+    assert message == str(caught.value)
+
+
 @given(st.text())
 def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
     """Every reader gives a value for any text, or raises ValueError and nothing else."""
     readers = (parse_duration, parse_size, parse_network, parse_host_pattern, Listen.parse)
-    for read in (*readers, Source.parse, StateUrl.parse, parse_money, check_authority):
+    numbers = (parse_share, parse_rate, parse_money)
+    for read in (*readers, *numbers, Source.parse, StateUrl.parse, check_authority):
         with suppress(ValueError):
             read(text)
 

@@ -28,6 +28,12 @@ MOST_COMPARED: Final = 200
 """Names among which the nearest to a misspelt one is looked for."""
 MOST_LISTED: Final = 24
 """Names in one message. No section has more settings."""
+OVER_REDIS: Final = (("circuit_breaker", "share"), ("rate_limit", "share"), ("cache", "redis"))
+"""What instances have together in Redis only, by section and setting of an upstream."""
+TRUE: Final = frozenset({"1", "on", "t", "true", "y", "yes"})
+"""What pydantic reads as true, in lower case."""
+_NO: Final = frozenset({"false", "no", "off", "n", "f", "0"})
+"""What is read as false."""
 SHARED_BY_ROUTES: Final = ("limit", "currency", "mode", "on_state_loss")
 """What all routes that name one campaign must say alike: there is one account."""
 
@@ -70,6 +76,11 @@ def faults_between_sections(data: object) -> Iterator[Fault]:
             yield from _faults_of_upstreams(index, route, tuple(upstreams), deep)
         yield from _viewers_wanted(index, route, upstreams)
         yield from _strange_upstreams(index, route)
+    yield from _not_over_redis(upstreams, whole.get("state", "memory://"))
+    for name, each in upstreams.items():
+        yield from _personal_for_all(name, _section(each))
+        yield from _kept_for_nobody(name, _section(each), routes)
+        yield from _sold_for_nothing(name, _section(each), routes)
 
 
 def _section(value: object) -> Section:
@@ -180,6 +191,66 @@ def _strange_upstreams(index: int, route: Section) -> Iterator[Fault]:
                 message = f"the route asks no upstream {shown(name)} ({advice(name, known)})"
                 where = ("routes", index, *place, "upstreams", position)
                 yield Fault(where, message, others=others)
+
+
+def _not_over_redis(upstreams: Section, state: object) -> Iterator[Fault]:
+    """Tell of what goes over Redis, where the state is something else."""
+    url = _read(StateUrl.parse, state)
+    if url is None or url.kind in {"redis", "cluster"}:
+        return
+    for name, each in upstreams.items():
+        for section, key in OVER_REDIS:
+            value = _section(_section(each).get(section)).get(key)
+            if str(value).lower() in TRUE:
+                message = (
+                    f"this goes over Redis, and the state is {url.kind} (write state: "
+                    f"redis://127.0.0.1:6379, or {key}: false)"
+                )
+                yield Fault(("upstreams", name, section, key), message)
+
+
+def _personal_for_all(name: str, upstream: Section) -> Iterator[Fault]:
+    """Tell of an upstream whose answers are for one viewer, and kept for everybody."""
+    cache = _section(upstream.get("cache"))
+    if cache.get("scope") == "shared" and upstream.get("cookies") == "viewer":
+        message = (
+            "with cookies: viewer each viewer sends his own, and what they are answered is for him "
+            "alone (write scope: viewer, or cookies: chain)"
+        )
+        yield Fault(("upstreams", name, "cache", "scope"), message)
+
+
+def _kept_for_nobody(name: str, upstream: Section, routes: Routes) -> Iterator[Fault]:
+    """Tell of an upstream whose answers are kept for viewers, whom no route knows."""
+    cache = upstream.get("cache")
+    if not isinstance(cache, dict) or cache.get("scope", "viewer") != "viewer":
+        return
+    asking = [(index, each) for index, each in routes if name in _names(each.get("upstreams"))]
+    if asking and all(each.get("viewer", []) == [] for _, each in asking):
+        message = (
+            "answers are kept for each viewer, and no route that asks this upstream says where a "
+            f'request names one (add viewer: ["query:uid"] to routes.{asking[0][0]}, or write '
+            "scope: shared)"
+        )
+        yield Fault(("upstreams", name, "cache"), message)
+
+
+def _sold_for_nothing(name: str, upstream: Section, routes: Routes) -> Iterator[Fault]:
+    """Tell of an upstream that is said not to be paid, and whose ads a budget pays for."""
+    if str(_section(upstream.get("cache")).get("paid")).lower() not in _NO:
+        return
+    for index, route in routes:
+        budget = _section(route.get("budget"))
+        covered = _names(budget.get("upstreams")) or _names(route.get("upstreams"))
+        if budget and budget.get("mode") != "off" and name in covered:
+            message = (
+                f"the budget of routes.{index} pays for each of its ads, so none may be shown to "
+                "two viewers (remove this line, or write the budget's other upstreams into its "
+                "`upstreams`)"
+            )
+            others = (("routes", index, "budget"),)
+            yield Fault(("upstreams", name, "cache", "paid"), message, others=others)
+            return
 
 
 def _names(value: object) -> list[str]:

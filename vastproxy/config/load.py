@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vastproxy.config.between import Fault, Place, advice, faults_between_sections
+from vastproxy.config.fallback import MAX_FALLBACK, is_inline
 from vastproxy.config.schema import Config, json_schema, settings_at
 from vastproxy.config.units import LONGEST_SHOWN, shown
 from vastproxy.errors import ConfigError
@@ -77,11 +78,17 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
         raise ConfigError(str(path), ("there is no such file (give its path with -c)",)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), (_unreadable(error),)) from None
-    return loads(text, source=str(path), environ=environ)
+    return loads(text, source=str(path), environ=environ, directory=path.parent)
 
 
-def loads(text: str, *, source: str, environ: Mapping[str, str]) -> Config:
-    """Read *text*, which messages call *source*; or raise ConfigError."""
+def loads(
+    text: str, *, source: str, environ: Mapping[str, str], directory: Path | None = None
+) -> Config:
+    """
+    Read *text*, which messages call *source*; or raise ConfigError.
+
+    Paths of files that it names begin at *directory*; None: at the current one.
+    """
     try:
         root = _compose(text)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -93,8 +100,9 @@ def loads(text: str, *, source: str, environ: Mapping[str, str]) -> Config:
         raise ConfigError(source, (f"line {_line(root)}: {problem}",))
     reader = _Reader(environ)
     data = reader.read(root, ())
+    unread = list(_put_in_files(data, directory or Path()))
     config, found = _validated(data)
-    faults = [*reader.faults, *(each for each in found if not reader.lost(each.place))]
+    faults = [*reader.faults, *unread, *(each for each in found if not reader.lost(each.place))]
     if config is None or faults:
         told = sorted({reader.told(each) for each in faults})
         raise ConfigError(source, tuple(problem for _, problem in told))
@@ -345,6 +353,40 @@ def _pairs(node: yaml.MappingNode) -> list[Pair]:
         for pair in _pairs(each) if isinstance(each, yaml.MappingNode) else ():
             own.setdefault(pair[0], pair)
     return list(own.values())
+
+
+# From paths to documents
+
+
+def _put_in_files(data: object, directory: Path) -> Iterator[Fault]:
+    """Put documents in place of the paths that routes of *data* name; tell of those not there."""
+    listed = data.get("routes") if isinstance(data, dict) else None
+    for index, route in enumerate(listed if isinstance(listed, list) else ()):
+        text = route.get("fallback") if isinstance(route, dict) else None
+        if isinstance(text, str) and not is_inline(text):
+            try:
+                route["fallback"] = _file(directory, text)
+            except (OSError, ValueError) as error:
+                route["fallback"] = None
+                yield Fault(("routes", index, "fallback"), _unread(text, error))
+
+
+def _file(directory: Path, text: str) -> bytes:
+    """Read the file at *text*, and no further than a document may be long."""
+    path = directory / text
+    # Opening a pipe would wait for whoever writes into it.
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return file.read(MAX_FALLBACK + 1)
+
+
+def _unread(text: str, error: OSError | ValueError) -> str:
+    instead = "write the path of a VAST file, relative to this file's directory, or VAST itself"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {shown(text)} ({instead})"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"{shown(text)} cannot be read: {reason} ({instead})"
 
 
 # From faults to lines of text

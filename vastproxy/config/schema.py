@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
 )
 
+from vastproxy.config.fallback import Fallback
 from vastproxy.config.state import Budget, FrequencyCap, check_cap, check_each_once
 from vastproxy.config.template import Template
 from vastproxy.config.units import (
@@ -32,6 +33,15 @@ from vastproxy.config.units import (
     check_authority,
     parse_host_pattern,
     shown,
+)
+from vastproxy.config.upstream import (
+    Cache,
+    CircuitBreaker,
+    HopBreaker,
+    MaybeCache,
+    MaybeRateLimit,
+    RateLimit,
+    Retry,
 )
 from vastproxy.config.values import (
     Address,
@@ -58,12 +68,17 @@ from vastproxy.config.values import (
 
 __all__ = [
     "Budget",
+    "Cache",
+    "CircuitBreaker",
     "Config",
     "Egress",
     "FrequencyCap",
+    "HopBreaker",
     "Listen",
     "Log",
     "Network",
+    "RateLimit",
+    "Retry",
     "Route",
     "Server",
     "Source",
@@ -363,6 +378,12 @@ class Egress(Settings):
         False,  # noqa: FBT003 - a default
         "Whether hops may use NAT64 addresses (RFC 6052) for IPv4 addresses that are allowed.",
     )
+    circuit_breaker: HopBreaker = setting(
+        {}, "When a site that hops lead to is left alone because it fails: for each site by itself."
+    )
+    max_requests_in_flight: Count = setting(
+        500, "How many calls to one such site may be under way at one time; more fail at once."
+    )
 
 
 class UpstreamMacros(Settings):
@@ -400,6 +421,11 @@ class Upstream(Settings):
         {}, "Request headers that are sent to the endpoint: names and templates."
     )
     timeout: Duration = setting("1s", "The longest that one answer of this ad server may take.")
+    soft_timeout: Annotated[Duration, lasting("1ms", "1h")] | None = setting(
+        None,
+        "After which time the route's next upstream is started, while this one goes on; null: not "
+        "before this one has ended.",
+    )
     max_body: Annotated[Size, AfterValidator(_max_body)] = setting(
         "512KiB", "The longest body, counted after decompression; at most 2MiB."
     )
@@ -423,6 +449,30 @@ class Upstream(Settings):
         "set: the viewer's address alone; append: added to what a trusted proxy sent; off: none.",
     )
     macros: UpstreamMacros = setting({}, "How macros are written in this upstream's URLs.")
+    circuit_breaker: CircuitBreaker = setting(
+        {}, "When this ad server is left alone because it fails, and for how long."
+    )
+    rate_limit: MaybeRateLimit = setting(
+        None, "How often it is asked: 100/s, or a section; null: without a limit."
+    )
+    max_requests_in_flight: Count = setting(
+        500, "How many calls to it may be under way at one time; more are not made."
+    )
+    retry: Retry = setting({}, "How often a call goes out again, of which nothing was sent.")
+    cache: MaybeCache = setting(
+        None, "What it answered, kept for the next request; null: nothing is kept."
+    )
+
+    @field_validator("soft_timeout")
+    @classmethod
+    def _soft_is_shorter(cls, value: float | None, info: ValidationInfo) -> float | None:
+        whole: float | None = info.data.get("timeout")
+        if value is not None and whole is not None and value >= whole:
+            raise ValueError(
+                f"{value:g}s is not shorter than the timeout, {whole:g}s, after which the next one "
+                "is asked anyway (write less, or null)"
+            )
+        return value
 
     @field_validator("hosts")
     @classmethod
@@ -512,6 +562,11 @@ class Route(Settings):
         [], "How many ads a viewer is shown: a list of limits, all of which hold."
     )
     budget: Budget | None = setting(None, "What the ads of this route may cost in all.")
+    fallback: Fallback | None = setting(
+        None,
+        "What is answered where nobody has an ad: the path of a VAST file, or VAST itself, which "
+        "begins with <; null: an empty VAST.",
+    )
 
     @field_validator("frequency_caps")
     @classmethod

@@ -1,5 +1,5 @@
 """
-Values as people write them: ``800ms``, ``512KiB``, ``127.0.0.1:8080``, ``query:uid``, ``2.50``.
+Values as people write them: ``800ms``, ``512KiB``, ``50%``, ``100/s``, ``query:uid``, ``2.50``.
 
 Rule 1: every reader takes text and gives a value, or raises ValueError with a whole message.
 Rule 2: a number without a unit is refused; whoever writes one means a different unit than we do.
@@ -20,7 +20,15 @@ StateKind = Literal["memory", "redis", "cluster", "sqlite", "postgresql"]
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 """Seconds in one unit of time."""
-BYTES = {"B": 1, "kB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
+BYTES = {
+    "B": 1,
+    "kB": 1000,
+    "KiB": 1024,
+    "MB": 1000**2,
+    "MiB": 1024**2,
+    "GB": 1000**3,
+    "GiB": 1024**3,
+}
 """Bytes in one unit of size: SI prefixes count in thousands, IEC 80000-13 ones in 1024s."""
 TOKEN_PATTERN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - a token of RFC 9110, no secret
 """A ``token``, which names of headers and of cookies are (RFC 9110 section 5.6.2)."""
@@ -28,6 +36,10 @@ LONGEST_SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
 MAX_PORT = 65535
+MIN_RATE: Final = 1 / 3600
+"""Calls a second: one an hour. Whoever wants fewer wants none."""
+MAX_RATE: Final = 1_000_000
+"""Calls a second: far more than one machine makes, and far less than a double can count."""
 MAX_MONEY: Final = Decimal(9_000_000_000)
 """Units of a currency: their millionths are integers that a double holds exactly, as Lua's are."""
 MONEY_DECIMALS: Final = 6
@@ -55,7 +67,9 @@ _EXAMPLES: Final[Mapping[StateKind, str]] = {
 # Nine digits hold 30 years of seconds; without a bound, a float could become infinite.
 _NUMBER_PATTERN = r"[0-9]{1,9}(\.[0-9]{1,9})?"
 DURATION_PATTERN = rf"^{_NUMBER_PATTERN}(ms|s|m|h|d)$"
-SIZE_PATTERN = rf"^{_NUMBER_PATTERN}(B|kB|KiB|MB|MiB)$"
+SIZE_PATTERN = rf"^{_NUMBER_PATTERN}(B|kB|KiB|MB|MiB|GB|GiB)$"
+SHARE_PATTERN = rf"^{_NUMBER_PATTERN}%$"
+RATE_PATTERN = rf"^{_NUMBER_PATTERN}/(s|m|h)$"
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\.?"
 _BRACKETED = r"\[[0-9A-Fa-f:.]+\]"
 # RFC 3986 section 3.2: what is no part of a user or a password is percent-encoded there.
@@ -92,6 +106,36 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{shown(text)} is less than one byte (write 1000B, 512KiB or 2MiB)")
     return size
+
+
+def parse_share(text: str) -> float:
+    """Turn *text*, such as ``50%`` or ``0.5``, into a part of one; else raise ValueError."""
+    found = re.fullmatch(rf"({_NUMBER_PATTERN})(%?)", text)
+    if not found:
+        raise ValueError(f"{shown(text)} is no share (write 50%, or 0.5)")
+    number, percent = float(found[1]), bool(found[3])
+    share = number / 100 if percent else number
+    if share <= 0:
+        raise ValueError(f"{shown(text)} is no share at all (write more than 0%, such as 10%)")
+    if share > 1:
+        meant = "100% or less" if percent or number > 100 else f"{found[1]}%"  # noqa: PLR2004
+        raise ValueError(f"{shown(text)} is more than the whole (write {meant})")
+    return share
+
+
+def parse_rate(text: str) -> float:
+    """Turn *text*, such as ``100/s`` or ``6000/m``, into so many a second; else ValueError."""
+    number, slash, unit = text.partition("/")
+    if not re.fullmatch(_NUMBER_PATTERN, number) or (slash and unit not in {"s", "m", "h"}):
+        raise ValueError(f"{shown(text)} is no rate (write 100/s, 6000/m or 360000/h)")
+    if not slash:
+        raise ValueError(f"{shown(text)} has no unit (write {number}/s, {number}/m or {number}/h)")
+    rate = float(number) / SECONDS[unit]
+    if rate < MIN_RATE:
+        raise ValueError(f"{shown(text)} is too seldom (write 1/h or more)")
+    if rate > MAX_RATE:
+        raise ValueError(f"{shown(text)} is too often (write {MAX_RATE}/s or less)")
+    return rate
 
 
 def parse_money(text: str) -> Decimal:

@@ -5,6 +5,7 @@ Rule 1: what is of the type already is let through, so that a config can be read
 Rule 2: a bound is told in the words in which the operator would write it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +31,8 @@ from vastproxy.config.units import (
     MAX_MONEY,
     MAX_PORT,
     MONEY_PATTERN,
+    RATE_PATTERN,
+    SHARE_PATTERN,
     SIZE_PATTERN,
     Listen,
     Network,
@@ -38,6 +41,8 @@ from vastproxy.config.units import (
     parse_duration,
     parse_money,
     parse_network,
+    parse_rate,
+    parse_share,
     parse_size,
     shown,
 )
@@ -92,6 +97,24 @@ def check_duration(seconds: float, least: str, most: str) -> float:
 def lasting(least: str, most: str) -> AfterValidator:
     """Make a validator for durations from *least* to *most*."""
     return AfterValidator(lambda seconds: check_duration(seconds, least, most))
+
+
+def off_or_lasting(least: str, most: str) -> AfterValidator:
+    """Make a validator for what is off, or lasts from *least* to *most*."""
+    return AfterValidator(lambda seconds: seconds and check_duration(seconds, least, most))
+
+
+def holding(least: str, most: str) -> AfterValidator:
+    """Make a validator for sizes from *least* to *most*."""
+
+    def check(size: int) -> int:
+        if size < parse_size(least):
+            raise ValueError(f"{size} bytes are too few (write {least} or more)")
+        if size > parse_size(most):
+            raise ValueError(f"{size} bytes are too many (write {most} or less)")
+        return size
+
+    return AfterValidator(check)
 
 
 def some(values: T) -> T:
@@ -156,6 +179,21 @@ def _money(value: object) -> Decimal:
     return reading(parse_money, Decimal)(value)
 
 
+def _share(value: object) -> float:
+    """Read a part of one; a number that is none is told like the text of it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if 0 < value <= 1 else parse_share(f"{value:g}")
+    return reading(parse_share, float)(value)
+
+
+def _duration_or_off(text: str) -> float:
+    if text == "off":
+        return 0.0
+    if re.fullmatch(r"0+(\.0+)?[a-z]*", text):
+        raise ValueError(f"{shown(text)} is no time at all (write off, or a time such as 5s)")
+    return parse_duration(text)
+
+
 def _state(value: object) -> StateUrl:
     if isinstance(value, StateUrl):
         return value
@@ -188,8 +226,33 @@ Names = Annotated[
 Duration = Annotated[
     float, PlainValidator(reading(parse_duration, float)), text_schema(DURATION_PATTERN)
 ]
+DurationOrOff = Annotated[
+    float,
+    PlainValidator(reading(_duration_or_off, float)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["off"]},
+                {"type": "string", "pattern": DURATION_PATTERN},
+            ]
+        }
+    ),
+]
 ReservationTtl = Annotated[Duration, lasting("1s", "24h")]
 Size = Annotated[int, PlainValidator(reading(parse_size, int)), text_schema(SIZE_PATTERN)]
+Share = Annotated[
+    float,
+    PlainValidator(_share),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": SHARE_PATTERN},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            ]
+        }
+    ),
+]
+Rate = Annotated[float, PlainValidator(reading(parse_rate, float)), text_schema(RATE_PATTERN)]
 Money = Annotated[
     Decimal,
     PlainValidator(_money),
