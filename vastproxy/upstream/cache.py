@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from cachetools import TTLCache
 
 T = TypeVar("T", bound="str | bytes")
+V = TypeVar("V")
 
 TTL = 300.0
 """Seconds."""
@@ -26,6 +27,55 @@ MAX_BYTES = 64 * 1024 * 1024
 
 OVERHEAD = 300
 """Bytes that an entry takes besides its key and its value, about."""
+
+
+class Flights(Generic[V]):
+    """
+    What is being fetched just now, under its keys: who comes later waits for what comes of it.
+
+    A key has one *flight* at a time. It is cancelled where the one who fetches goes away, and then
+    one of those who wait may take over.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[str, asyncio.Future[V]] = {}
+
+    def under_way(self, key: str) -> "asyncio.Future[V] | None":
+        """
+        Give what is fetched for *key*; None for nothing.
+
+        Wait for it by :func:`asyncio.wait`, so that who goes away takes nobody along.
+        """
+        return self._under_way.get(key)
+
+    async def lead(self, key: str, fetch: Callable[[], Awaitable[V]]) -> V:
+        """Fetch for *key*, for all who come meanwhile; what *fetch* raises is raised to all."""
+        flight: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        self._under_way[key] = flight
+        try:
+            value = await fetch()
+        except BaseException as error:
+            self._land(key, flight)
+            _fail(flight, error)
+            del flight  # what it holds now has a traceback, and that has this frame
+            raise
+        self._land(key, flight)
+        flight.set_result(value)
+        return value
+
+    def _land(self, key: str, flight: "asyncio.Future[V]") -> None:
+        if self._under_way.get(key) is flight:
+            del self._under_way[key]
+
+    def clear(self) -> None:
+        """Let nobody wait any more who does not yet."""
+        self._under_way.clear()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def __repr__(self) -> str:
+        return f"<Flights {len(self)} under way>"
 
 
 class ResponseCache(Generic[T]):
@@ -50,7 +100,8 @@ class ResponseCache(Generic[T]):
         self._kept: TTLCache[str, tuple[T, int]] = TTLCache(
             max_bytes, ttl_seconds, timer=clock, getsizeof=_size
         )
-        self._flights: dict[str, asyncio.Future[T | None]] = {}
+        self._flights = Flights[T | None]()
+        self._cleared = 0
         self.hits = 0
         self.misses = 0
 
@@ -71,6 +122,7 @@ class ResponseCache(Generic[T]):
         """Forget everything, and do not keep what is being fetched just now."""
         self._kept.clear()
         self._flights.clear()
+        self._cleared += 1
 
     async def get_or_fetch(self, key: str, fetch: Callable[[], Awaitable[T | None]]) -> T | None:
         """Give what is kept under *key*, or what *fetch* gives; what *fetch* raises is raised."""
@@ -79,37 +131,21 @@ class ResponseCache(Generic[T]):
             if kept is not None:
                 self.hits += 1
                 return kept
-            flight = self._flights.get(key)
+            flight = self._flights.under_way(key)
             if flight is None:
                 self.misses += 1
-                return await self._fetch(key, fetch)
-            # Shielded: who goes away while waiting takes nobody along.
+                return await self._flights.lead(key, lambda: self._fetch(key, fetch))
             await asyncio.wait([flight])
             if not flight.cancelled():
                 self.hits += flight.exception() is None
                 return flight.result()
 
     async def _fetch(self, key: str, fetch: Callable[[], Awaitable[T | None]]) -> T | None:
-        flight: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
-        self._flights[key] = flight
-        try:
-            value = await fetch()
-        except BaseException as error:
-            self._land(key, flight)
-            _fail(flight, error)
-            del flight  # what it holds now has a traceback, and that has this frame
-            raise
-        if self._land(key, flight) and value:
+        cleared = self._cleared
+        value = await fetch()
+        if value and cleared == self._cleared:
             self.put(key, value)
-        flight.set_result(value)
         return value
-
-    def _land(self, key: str, flight: asyncio.Future[T | None]) -> bool:
-        """End a fetch; False where the cache was cleared meanwhile."""
-        if self._flights.get(key) is not flight:
-            return False
-        del self._flights[key]
-        return True
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -122,7 +158,7 @@ class ResponseCache(Generic[T]):
         )
 
 
-def _fail(flight: "asyncio.Future[T | None]", error: BaseException) -> None:
+def _fail(flight: "asyncio.Future[V]", error: BaseException) -> None:
     """Tell those who wait; of a caller that went away, no more than that."""
     if isinstance(error, Exception):
         flight.set_exception(error)
