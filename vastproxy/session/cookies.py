@@ -200,6 +200,10 @@ class CookieJar:
         # In the order of creation, which a changed value does not alter: RFC 6265 section 5.3.
         self._cookies = {_identity(each): each for each in cookies}
 
+    def emptied(self) -> "CookieJar":
+        """Give an empty jar that judges as this one does."""
+        return CookieJar(self._is_public_suffix)
+
     def __len__(self) -> int:
         return len(self._cookies)
 

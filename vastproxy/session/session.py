@@ -14,7 +14,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from time import perf_counter
 from typing import Literal, Protocol, Self
@@ -69,6 +69,8 @@ class Fetched:
 
     reply: HopReply
     url: str
+    set_cookies: bool = False
+    """Whether it, or a redirect on the way, had a ``Set-Cookie``."""
 
 
 class Upstream(Protocol):
@@ -298,6 +300,21 @@ class VastSession:
             raise UpstreamStatusError(reply.status)
         self.came(await _ads_in(reply.body))
         return reply.body.decode("utf-8", "replace")
+
+    def again(self, deadline: float) -> "VastSession":
+        """
+        Open a session for the same ad request at the same upstream, with nothing of its own yet.
+
+        It ends at *deadline*, on the loop's clock; what it meets is in no trace of this one.
+        """
+        return VastSession(
+            self._context,
+            self.upstream,
+            jar=self.jar.emptied(),
+            macros=self.macros,
+            request=replace(self.request_facts, deadline=deadline, viewer_jar=None),
+            log=self._log,
+        )
 
     def came(self, ads: int | None) -> None:
         """Take note that an answer had so many *ads*; None: there was no answer."""

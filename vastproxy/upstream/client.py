@@ -6,6 +6,7 @@ of aiohttp ends here, as one of :mod:`vastproxy.errors`.
 """
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -19,6 +20,7 @@ from aiohttp.abc import AbstractResolver
 
 from vastproxy.errors import (
     EgressBlockedError,
+    UpstreamConnectError,
     UpstreamError,
     UpstreamTimeoutError,
     UpstreamTooLargeError,
@@ -33,14 +35,20 @@ from vastproxy.upstream.wire import (
     wire_url,
 )
 
-MAX_CONNECTIONS = 1000
-"""Open to all ad servers together; requests beyond wait for one, within their deadline."""
+MAX_REPORTS = 1000
+"""Connections for reports; what is beyond waits. Those of ad requests are bounded by guards, which
+refuse at once: who waits for a connection would be taken for somebody who waits for an answer."""
 
 KEEPALIVE = 30.0
 """Seconds an idle connection is kept: below the 60 s at which common balancers drop it."""
 
 MAX_DEAD = 5
 """Kept connections found closed in a row before a request gives up looking for a live one."""
+
+_OWN_FAULT = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+)
+"""Of the system: no sockets, no memory, no ports on this side."""
 
 DNS_TTL = 30
 DNS_TIMEOUT = 0.5
@@ -162,7 +170,7 @@ def _session(
     connector = HopConnector(
         resolver=resolver,
         socket_factory=factory,
-        limit=MAX_CONNECTIONS,
+        limit=0 if reuse else MAX_REPORTS,
         keepalive_timeout=KEEPALIVE if reuse else None,
         force_close=not reuse,
         ttl_dns_cache=DNS_TTL,
@@ -185,8 +193,13 @@ def _mapped(error: Exception) -> UpstreamError:
     # Addresses refused for unlike reasons arrive as one error that has lost its type.
     if str(EgressRefused("")) in str(cause):
         return EgressBlockedError(str(cause))
-    words = " ".join(str(error).split())
-    return UpstreamError(f"{type(error).__name__}: {words}"[:300])
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    local = isinstance(cause, OSError) and cause.errno in _OWN_FAULT
+    # Where TLS failed it would fail again.
+    is_tls = isinstance(error, aiohttp.ClientSSLError)
+    if local or (isinstance(error, aiohttp.ClientConnectorError) and not is_tls):
+        return UpstreamConnectError(words, local=local)
+    return UpstreamError(words)
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

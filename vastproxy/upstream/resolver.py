@@ -13,6 +13,7 @@ from time import perf_counter
 from vastproxy.errors import (
     NoAdError,
     UpstreamError,
+    UpstreamRefusedError,
     UpstreamStatusError,
     UpstreamTimeoutError,
     VastError,
@@ -20,6 +21,8 @@ from vastproxy.errors import (
 from vastproxy.model import HopReply
 from vastproxy.observe.trace import AdFact, Exchange, Hop
 from vastproxy.session.session import VastSession
+from vastproxy.upstream.answers import Answer, Facts, facts_of_document
+from vastproxy.upstream.upstream import VastUpstream
 from vastproxy.vast.codes import VastCode
 from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.parse import hardened_parser, parse
@@ -62,6 +65,8 @@ class Resolution:
     """Then the VAST code of the failure..."""
     problem: str = ""
     """...and the same in words."""
+    refused: str = ""
+    """By what the proxy was kept from asking: ``breaker``, ``rate_limit`` or ``busy``."""
 
     @property
     def has_ads(self) -> bool:
@@ -112,7 +117,7 @@ class VastChainResolver:
             else:
                 entry = _given(session, document)
         except (UpstreamError, VastError) as error:
-            return Resolution(None, error.vast_code, str(error))
+            return Resolution(None, error.vast_code, str(error), refused_by(error))
         return await self.resolve_document(
             session, entry.document, entry.url, entry.number, judge=judge
         )
@@ -127,9 +132,9 @@ class VastChainResolver:
         try:
             place.url = session.upstream.entry_url(session, params)
         except UpstreamError as error:
-            session.trace.add(_hop(session, place, error=error))
+            session.trace.add(_hop(session, place, _Told(), error=error))
             raise
-        outcome = await _fetch(session, place, place.url, trusted=True)
+        outcome = await _fetch(session, place, place.url, params, trusted=True)
         if not isinstance(outcome, _Document):
             try:
                 raise outcome
@@ -153,7 +158,7 @@ class VastChainResolver:
         """
         left = max(0, self.policy.max_fetches - session.trace.begun)
         unwrapper = Unwrapper(document, url, replace(self.policy, max_fetches=left))
-        run = _Run(session, unwrapper, number)
+        run = _Run(session, unwrapper, number, self.policy.max_fetches)
         try:
             await run.follow()
             if judge is not None:
@@ -187,6 +192,8 @@ class _Run:
     session: VastSession
     unwrapper: Unwrapper
     entry: int | None
+    most: int
+    """Documents of the whole ad request: upstreams that are asked at one time share them."""
     numbers: dict[Want, int] = field(default_factory=dict)
     size: int = 0
     """Bytes of the documents so far."""
@@ -228,6 +235,10 @@ class _Run:
 
     async def _hop(self, want: Want) -> None:
         session = self.session
+        if session.trace.begun >= self.most:
+            reason = f"more than {self.most} documents in all"
+            self.unwrapper.fail(want, VastCode.WRAPPER, reason)
+            return
         number = session.trace.begin()
         self.numbers[want] = number
         parent = self.numbers[want.parent] if want.parent else self.entry
@@ -258,30 +269,105 @@ def _given(session: VastSession, body: bytes) -> Entry:
     try:
         document = parse(body)
     except VastError as error:
-        session.trace.add(_hop(session, place, error=error))
+        session.trace.add(_hop(session, place, _Told(), error=error))
         raise
-    session.trace.add(_hop(session, place, document=document))
+    session.trace.add(_hop(session, place, _Told(), document))
     return Entry(document, "", body, place.number)
 
 
 async def _fetch(
-    session: VastSession, place: _Place, url: str, *, trusted: bool
+    session: VastSession,
+    place: _Place,
+    url: str,
+    params: Mapping[str, str] | None = None,
+    *,
+    trusted: bool,
 ) -> "_Document | UpstreamError | VastError":
     """Make one hop: ask, read, log. Gives the document, or what stood in the way."""
     began = perf_counter()
-    exchanges: list[Exchange] = []
+    told = _Told()
     outcome: _Document | UpstreamError | VastError
     try:
-        fetched = await session.upstream.fetch(session, url, exchanges, trusted=trusted)
-        outcome = _Document(await read(fetched.reply), fetched.url, fetched.reply.body)
+        upstream = session.upstream
+        if trusted and isinstance(upstream, VastUpstream) and upstream.cache is not None:
+            outcome = await _kept(_Entrance(session, upstream, url, params), told)
+        else:
+            fetched = await upstream.fetch(session, url, told.exchanges, trusted=trusted)
+            outcome = _Document(await read(fetched.reply), fetched.url, fetched.reply.body)
     except (UpstreamError, VastError) as raised:
         # Without its traceback, which has this frame: a cycle that would keep the whole body.
         outcome = raised.with_traceback(None)
-    took = (perf_counter() - began) * 1000
+    except asyncio.CancelledError:
+        told.problem = "cut off: another ad server was quicker, or the proxy is stopping"
+        told.milliseconds = (perf_counter() - began) * 1000
+        session.trace.add(_hop(session, place, told))
+        raise
+    told.milliseconds = (perf_counter() - began) * 1000
     found = outcome.document if isinstance(outcome, _Document) else None
     error = None if isinstance(outcome, _Document) else outcome
-    session.trace.add(_hop(session, place, tuple(exchanges), took, found, error))
+    session.trace.add(_hop(session, place, told, found, error))
     return outcome
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a hop leaves behind besides its document."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    milliseconds: float = 0.0
+    cache: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entrance:
+    """The first request of a session."""
+
+    session: VastSession
+    upstream: VastUpstream
+    url: str
+    params: Mapping[str, str] | None
+
+
+async def _kept(entry: _Entrance, told: _Told) -> "_Document":
+    """Give what the upstream's cache has for *entry*, or what is answered now."""
+    session, upstream = entry.session, entry.upstream
+    cache = upstream.protection.cache
+    assert cache is not None  # noqa: S101 - the caller looked
+    answer, verdict = await cache.through(
+        upstream.asking(session, entry.url, entry.params),
+        lambda: _answered(session, entry.url, told.exchanges),
+        lambda: _refreshed(entry),
+    )
+    told.cache = verdict.words
+    session.trace.cache_status.append(verdict.header(upstream.name))
+    fetched = answer.fetched
+    live = answer.live
+    document = live if isinstance(live, VastDocument) else await read(fetched.reply)
+    return _Document(document, fetched.url, fetched.reply.body)
+
+
+async def _answered(session: VastSession, url: str, exchanges: list[Exchange]) -> Answer:
+    """Ask for the entry, and say of the answer what decides whether it may be kept."""
+    fetched = await session.upstream.fetch(session, url, exchanges, trusted=True)
+    try:
+        document = await read(fetched.reply)
+    except NoAdError:
+        none = Facts(filled=False, priced=False, expires=None)
+        return Answer(fetched, none, set_cookies=fetched.set_cookies)
+    return Answer(fetched, facts_of_document(document), document, fetched.set_cookies)
+
+
+async def _refreshed(entry: _Entrance) -> Answer:
+    """Make the first request once more, after its ad request is answered."""
+    ends = asyncio.get_running_loop().time() + entry.upstream.settings.timeout
+    async with entry.session.again(ends) as own:
+        return await _answered(own, entry.upstream.entry_url(own, entry.params), [])
+
+
+def refused_by(error: UpstreamError | VastError) -> str:
+    """Say what kept the proxy from asking; empty where nothing did."""
+    return error.by if isinstance(error, UpstreamRefusedError) else ""
 
 
 async def read(reply: HopReply) -> VastDocument:
@@ -310,8 +396,7 @@ def _charset(reply: HopReply) -> str | None:
 def _hop(
     session: VastSession,
     place: _Place,
-    exchanges: tuple[Exchange, ...] = (),
-    milliseconds: float = 0.0,
+    told: _Told,
     document: VastDocument | None = None,
     error: UpstreamError | VastError | None = None,
 ) -> Hop:
@@ -322,13 +407,15 @@ def _hop(
         depth=place.depth,
         upstream=session.upstream.name,
         url=place.url,
-        exchanges=exchanges,
-        milliseconds=milliseconds,
+        exchanges=tuple(told.exchanges),
+        milliseconds=told.milliseconds,
         version=".".join(map(str, document.version)) if detailed and document else "",
         ads=tuple([_fact(each) for each in document.ads]) if detailed and document else (),
         repairs=document.repairs if document else (),
         code=error.vast_code if error else None,
-        problem=str(error) if error else "",
+        problem=str(error) if error else told.problem,
+        refused=refused_by(error) if error else "",
+        cache=told.cache,
     )
 
 

@@ -12,15 +12,19 @@ from vastproxy.config.template import Placeholder, Template
 from vastproxy.config.units import check_authority, parse_network
 from vastproxy.errors import EgressBlockedError, RedirectError, UpstreamTimeoutError
 from vastproxy.model import AdRequest, Device, HopReply, HopRequest, Query
-from vastproxy.observe.trace import Exchange
+from vastproxy.observe.trace import Exchange, Trace
 from vastproxy.session.context import SessionContext
 from vastproxy.session.cookies import CookieJar
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Fetched, TimestampStyle, VastSession
 from vastproxy.state.base import StateBackend
+from vastproxy.upstream.answers import AnswerCache, Asking
+from vastproxy.upstream.blame import had_fair_time
 from vastproxy.upstream.client import AiohttpClient, HopClient
 from vastproxy.upstream.egress import EgressPolicy, own_addresses
+from vastproxy.upstream.guard import Call, Guard, GuardSettings, local_rate
 from vastproxy.upstream.headers import device_headers, safe
+from vastproxy.upstream.sources import found
 from vastproxy.upstream.urls import Target, extended, joined, target, with_parameter
 from vastproxy.vast.document import VastDocument
 from vastproxy.vast.macros import Spelling, encode, spelling
@@ -33,6 +37,9 @@ RESERVE = 0.05
 """Seconds of the deadline that are kept for merging and answering..."""
 RESERVE_SHARE = 0.1
 """...but never more than this share of it."""
+
+_VOLATILE = dict.fromkeys(("CACHEBUSTING", "CORRELATOR", "TIMESTAMP", "TRANSACTIONID"), "0")
+"""Macros that are another in each ad request, and so in no key of a cache."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -49,6 +56,8 @@ class UpstreamSettings:
     headers: tuple[tuple[str, Template], ...] = ()
     timeout: float = 1.0
     """Seconds for one hop, redirects included."""
+    soft_timeout: float | None = None
+    """Seconds after which the next upstream of a waterfall is started; None: it is not."""
     max_body: int = 512 * 1024
     cookies: Literal["chain", "viewer", "off"] = "chain"
     cookie_ttl: float = 30 * 86_400.0
@@ -60,22 +69,59 @@ class UpstreamSettings:
     spelling: Spelling = field(default_factory=spelling)
 
 
+_UNGUARDED = GuardSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What stands around the calls of one upstream."""
+
+    entry: Guard
+    """Around those of its endpoint."""
+    site: Callable[[Target], Guard]
+    """Gives what is around all others."""
+    cache: AnswerCache | None = None
+    """What its endpoint answered before."""
+
+    @classmethod
+    def none(cls, name: str) -> Self:
+        """Let everything through."""
+        return cls.of(name, _UNGUARDED)
+
+    @classmethod
+    def of(cls, name: str, settings: GuardSettings) -> Self:
+        """Guard the endpoint of the upstream *name* as *settings* say, and nothing behind it."""
+        rate = None if settings.rate is None else local_rate(name, settings.rate)
+        guard = Guard(name, settings, rate=rate)
+        hops = Guard(f"hops of {name}", _UNGUARDED)
+        return cls(guard, lambda _: hops)
+
+    def __repr__(self) -> str:
+        return f"<Protection {self.entry!r}, {self.cache!r}>"
+
+
 class VastUpstream:
     """
     One configured ad server.
 
     It also asks the hops that its wrappers lead to, with the same limits and headers; only the
     entry is trusted, everything else passes the egress guard. *client* makes the requests, *now*
-    gives Unix seconds (cookies expire by it).
+    gives Unix seconds (cookies expire by it). *protection* stands around them; None: nothing does.
     """
 
     def __init__(
-        self, settings: UpstreamSettings, client: HopClient, now: Callable[[], float]
+        self,
+        settings: UpstreamSettings,
+        client: HopClient,
+        now: Callable[[], float],
+        protection: Protection | None = None,
     ) -> None:
         self.settings = settings
         self.client = client
         """What makes the requests."""
-        self._now = now
+        self.protection = protection or Protection.none(settings.name)
+        self.now = now
+        """Unix seconds."""
         self._taken = frozenset().union(
             settings.endpoint.query_names,
             *(each.query_names | {name} for name, each in settings.params),
@@ -84,7 +130,7 @@ class VastUpstream:
 
     @classmethod
     @asynccontextmanager
-    async def open(
+    async def open(  # noqa: PLR0913 - all with defaults, and by name
         cls,
         endpoint: str,
         *,
@@ -93,6 +139,8 @@ class VastUpstream:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         egress_allow: Iterable[str] = (),
+        soft_timeout: float | None = None,
+        guard: GuardSettings | None = None,
     ) -> AsyncIterator[Self]:
         """
         Open an upstream without a configuration, with an HTTP client of its own.
@@ -100,7 +148,9 @@ class VastUpstream:
         *endpoint* is its URL; *params* and *headers* are added to its requests. They are templates
         as in the configuration: ``{viewer}`` is the viewer's id, and a brace is doubled. *timeout*
         is in seconds, for one hop. Hops that wrappers lead to may reach private networks only if
-        *egress_allow* names them (``10.0.0.0/8``). Raises ValueError for what cannot be used.
+        *egress_allow* names them (``10.0.0.0/8``). After *soft_timeout* seconds a selector starts
+        the next upstream. *guard* stands around its calls, with a breaker, say; None: nothing
+        does. Raises ValueError for what cannot be used.
         """
         check_authority(endpoint)
         policy = EgressPolicy(
@@ -112,9 +162,11 @@ class VastUpstream:
             params=_templates(params or {}),
             headers=_templates(headers or {}),
             timeout=timeout,
+            soft_timeout=soft_timeout,
         )
+        protection = Protection.none(name) if guard is None else Protection.of(name, guard)
         async with AiohttpClient(policy) as client:
-            yield cls(settings, client, time.time)
+            yield cls(settings, client, time.time, protection)
 
     async def create_session(
         self, context: SessionContext, state_backend: StateBackend | None = None
@@ -124,12 +176,22 @@ class VastUpstream:
 
         It counts caps and budgets in *state_backend*. A factory is for who opens many.
         """
-        return SessionFactory(self, state_backend, now=self._now).session_of(context, self)
+        return SessionFactory(self, state_backend, now=self.now).session_of(context, self)
 
     @property
     def name(self) -> str:
         """What the operator calls it."""
         return self.settings.name
+
+    @property
+    def soft_timeout(self) -> float | None:
+        """Seconds after which the next upstream of a waterfall is started; None: it is not."""
+        return self.settings.soft_timeout
+
+    @property
+    def cache(self) -> AnswerCache | None:
+        """What its endpoint answered before; None: nothing is kept."""
+        return self.protection.cache
 
     @property
     def timestamp(self) -> TimestampStyle:
@@ -153,6 +215,15 @@ class VastUpstream:
         query, the session's parameters. Raises EgressBlockedError where the request named the
         host, and the operator did not list it.
         """
+        url = self._with_session(self._unfilled(session, params), session)
+        url = self.filled(url, session)
+        if self.settings.endpoint.starts_with_placeholder:
+            # Last: what macros and correlator put in may not change the host unseen.
+            self._check_host(url)
+        return url
+
+    def _unfilled(self, session: VastSession, params: Mapping[str, str] | None = None) -> str:
+        """Write the URL of the first request, before its macros and the session's parameters."""
         settings, facts = self.settings, session.request_facts
         look = lookup(facts.ad_request, facts.viewer)
         url = settings.endpoint.render(look, encode)
@@ -160,14 +231,34 @@ class VastUpstream:
             url = _with_rest(url, _safe_rest(facts.ad_request.rest))
         pairs = [f"{encode(k)}={encode(each.render(look, str))}" for k, each in settings.params]
         pairs += [f"{encode(k)}={encode(str(v))}" for k, v in (params or {}).items()]
-        url = extended(
+        return extended(
             url, "&".join([*pairs, facts.forward_query] if facts.forward_query else pairs)
         )
-        url = self.filled(self._with_session(url, session), session)
-        if settings.endpoint.starts_with_placeholder:
-            # Last: what macros and correlator put in may not change the host unseen.
-            self._check_host(url)
-        return url
+
+    def asking(
+        self, session: VastSession, url: str, params: Mapping[str, str] | None = None
+    ) -> Asking:
+        """Say what of *session*'s first request, to *url*, an answer may depend on."""
+        facts = session.request_facts
+        macros = session.macros.having(_VOLATILE)
+        same = macros.fill_request(self._unfilled(session, params), self.settings.spelling)
+        for name in facts.correlator_params:
+            same = with_parameter(same, name, "")
+        look = lookup(facts.ad_request, facts.viewer)
+        own = [f"{name}: {each.render(look, str)}" for name, each in self.settings.headers]
+        vary = self.cache.settings.vary if self.cache is not None else ()
+        place = target(url)
+        jar = session.jar_of(self.settings.cookies)
+        sent = jar is not None and jar.header_for(
+            host=place.host, path=place.path, secure=place.is_secure, now=self.now()
+        )
+        return Asking(
+            url=same,
+            viewer=facts.viewer,
+            varying=(*(found(each, facts.ad_request) for each in vary), *own),
+            has_cookies=bool(sent or (jar is not None and session.context.cookies)),
+            deadline=self._limit(session)[0],
+        )
 
     def _check_host(self, url: str) -> None:
         found = target(url)
@@ -236,7 +327,7 @@ class VastUpstream:
         """
         limit, starved = self._limit(session)
         jar = session.jar_of(self.settings.cookies)
-        hop = _Hop(self.client, jar, self._now, limit, self.settings.max_body, exchanges)
+        hop = _Hop(self, session.trace, jar, limit, exchanges)
         sent = self._headers(session, trusted=trusted, further=headers or {})
         for _ in range(MAX_REDIRECTS + 1):
             place = target(url)
@@ -249,7 +340,7 @@ class VastUpstream:
                 when = "before the deadline" if starved else f"in {self.settings.timeout:g} s"
                 raise UpstreamTimeoutError(f"{error.reason} {when}", starved=starved) from None
             if reply.status not in _REDIRECTS:
-                return Fetched(reply, place.url)
+                return Fetched(reply, place.url, hop.set_cookies)
             url = joined(place.url, reply.header("location") or "")
             if trusted:
                 trusted, sent = False, self._headers(session, trusted=False, further={})
@@ -282,18 +373,34 @@ class VastUpstream:
         return f"<VastUpstream {self.name} {self.settings.endpoint}>"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Hop:
     """One hop on its way: the requests of it share a jar, a time limit and a log."""
 
-    client: HopClient
+    upstream: VastUpstream
+    trace: Trace
     jar: CookieJar | None
-    now: Callable[[], float]
     limit: float
-    max_body: int
     exchanges: list[Exchange]
+    set_cookies: bool = False
+    """Whether an answer wanted any kept."""
 
     async def ask(
+        self, place: Target, headers: tuple[tuple[str, str], ...], *, trusted: bool
+    ) -> HopReply:
+        """Ask through the guard of who is asked. Raises UpstreamError."""
+        protection = self.upstream.protection
+        guard = protection.entry if trusted else protection.site(place)
+        own = self.upstream.settings.timeout
+        return await guard.ask(
+            Call(
+                lambda: self._once(place, headers, trusted=trusted),
+                self.trace,
+                lambda: had_fair_time(self.limit, own),
+            )
+        )
+
+    async def _once(
         self, place: Target, headers: tuple[tuple[str, str], ...], *, trusted: bool
     ) -> HopReply:
         """Ask once; log it, whatever comes of it."""
@@ -303,9 +410,10 @@ class _Hop:
         began = perf_counter()
         status: int | None = None
         size, taken = 0, tuple[str, ...]()
+        settings = self.upstream.settings
         try:
-            reply = await self.client.get(
-                HopRequest(place.url, headers, trusted, self.max_body), self.limit
+            reply = await self.upstream.client.get(
+                HopRequest(place.url, headers, trusted, settings.max_body), self.limit
             )
             status, size, taken = reply.status, len(reply.body), self._store(place, reply)
         finally:
@@ -317,7 +425,7 @@ class _Hop:
         """Give the Cookie header for *place*, and the names in it."""
         if self.jar is None or not len(self.jar):
             return "", ()
-        host, path, secure, now = place.host, place.path, place.is_secure, self.now()
+        host, path, secure, now = place.host, place.path, place.is_secure, self.upstream.now()
         header = self.jar.header_for(host=host, path=path, secure=secure, now=now)
         if not header:
             return "", ()
@@ -325,17 +433,18 @@ class _Hop:
 
     def _store(self, place: Target, reply: HopReply) -> tuple[str, ...]:
         """Keep what *reply* sets, and name it."""
-        if self.jar is None:
-            return ()
         set_cookies = [value for name, value in reply.headers if name == "set-cookie"]
         if not set_cookies:
+            return ()
+        self.set_cookies = True
+        if self.jar is None:
             return ()
         return self.jar.store(
             set_cookies,
             host=place.host,
             path=place.path,
             secure=place.is_secure,
-            now=self.now(),
+            now=self.upstream.now(),
         )
 
 

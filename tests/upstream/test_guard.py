@@ -1,0 +1,175 @@
+"""What stands around every call: a bound, a rate, a breaker, and repetitions within a budget."""
+
+import asyncio
+
+import pytest
+
+from tests.support.calls import BAD, GOOD, Scripted, Told, by, failures
+from vastproxy.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
+from vastproxy.upstream.guard import Guard, GuardSettings, RetryBudget, latencies
+from vastproxy.upstream.limiter import LocalRate
+from vastproxy.upstream.window import BreakerSettings
+
+
+async def test_breaker_opens() -> None:
+    """After so many failures in a row nobody is asked any more, and the trace says so."""
+    server, told = Scripted([BAD]), Told()
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=3)), telling=told)
+
+    await failures(guard, server, 3)
+
+    assert "breaker" == await by(lambda: guard.ask(server.call()))
+    assert 3 == server.asked
+    assert [("closed", "open")] == [(each.old, each.new) for each in server.trace.changes]
+    assert [("main", "failed")] * 3 + [("main", "breaker")] == told.calls
+
+
+async def test_replies_go_through() -> None:
+    """A reply is given back, whatever its status: what it means is for others to say."""
+    guard = Guard("main", GuardSettings(BreakerSettings()))
+
+    assert BAD == await guard.ask(Scripted([BAD]).call())
+    assert GOOD == await guard.ask(Scripted([GOOD]).call())
+
+
+async def test_cut_off_calls() -> None:
+    """Calls that are cut off are nobody's failure, and free their places."""
+    server = Scripted([GOOD], go=asyncio.Event())
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1), max_in_flight=100))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(guard.ask(server.call())) for _ in range(100)]
+        await asyncio.sleep(0)
+        for each in tasks:
+            each.cancel()
+
+    assert 0 == guard.in_flight
+    assert 100 == guard.calls["neutral"]
+    assert "closed" == guard.breaker.state if guard.breaker else False
+
+
+async def test_starved_calls() -> None:
+    """Who had no fair time to answer has not failed."""
+    server = Scripted([UpstreamTimeoutError("silent")])
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1)))
+
+    with pytest.raises(UpstreamTimeoutError):
+        await guard.ask(server.call(fair=False))
+
+    assert 1 == guard.calls["neutral"]
+
+
+async def test_bound() -> None:
+    """Beyond the bound a call is refused at once, and not counted against the ad server."""
+    server = Scripted([GOOD], go=asyncio.Event())
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1), max_in_flight=2))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(guard.ask(server.call())) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused = await by(lambda: guard.ask(server.call()))
+        assert server.go is not None
+        server.go.set()
+
+    assert "busy" == refused
+    assert [GOOD, GOOD] == [each.result() for each in tasks]
+    assert GOOD == await guard.ask(server.call())
+
+
+async def test_rate() -> None:
+    """Beyond its rate an upstream is not asked, and its breaker knows nothing of it."""
+    server = Scripted([GOOD])
+    guard = Guard("main", GuardSettings(), rate=LocalRate(0.001, 2))
+
+    await guard.ask(server.call())
+    await guard.ask(server.call())
+
+    assert "rate_limit" == await by(lambda: guard.ask(server.call()))
+    assert 2 == server.asked
+
+
+# --- Repetitions ----------------------------------------------------------------------------------
+
+
+async def test_again() -> None:
+    """Where nothing was sent, a call goes out once more."""
+    server, told = Scripted([UpstreamConnectError("refused"), GOOD]), Told()
+    guard = Guard("main", GuardSettings(attempts=1), telling=told)
+
+    assert GOOD == await guard.ask(server.call())
+    assert ["main"] == told.again
+
+
+@pytest.mark.parametrize("kind", [UpstreamError, UpstreamTimeoutError])
+async def test_not_again(kind: type[UpstreamError]) -> None:
+    """What may have been sent is not sent again."""
+    server = Scripted([kind("why"), GOOD])
+    guard = Guard("main", GuardSettings(attempts=3))
+
+    with pytest.raises(kind):
+        await guard.ask(server.call())
+
+    assert 1 == server.asked
+
+
+async def test_not_again_here() -> None:
+    """What failed for want of something here would fail again."""
+    server = Scripted([UpstreamConnectError("no sockets", local=True), GOOD])
+    guard = Guard("main", GuardSettings(attempts=3))
+
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call())
+
+    assert 1 == server.asked
+
+
+async def test_not_again_late() -> None:
+    """Without a fair time left nothing goes out again."""
+    server = Scripted([UpstreamConnectError("refused"), GOOD])
+    guard = Guard("main", GuardSettings(attempts=3))
+
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call(fair=False))
+
+    assert 1 == server.asked
+
+
+async def test_outage_is_not_doubled() -> None:
+    """In an outage the repetitions are a share of the calls, and no more."""
+    server = Scripted([UpstreamConnectError("refused")])
+    guard = Guard("main", GuardSettings(attempts=1, retry_share=0.1))
+
+    await failures(guard, server, 1000)
+
+    assert 1000 + 101 >= server.asked >= 1000 + 99
+
+
+def test_retry_budget() -> None:
+    """Quiet times save up a few repetitions, not any number of them."""
+    budget = RetryBudget(0.5)
+    for _ in range(1000):
+        budget.save()
+
+    assert [True] * 10 + [False] == [budget.spend() for _ in range(11)]
+
+
+def test_no_retry_budget() -> None:
+    """With a share of nothing there is no repetition."""
+    assert not RetryBudget(0.0).spend()
+
+
+async def test_again_ends_at_the_breaker() -> None:
+    """Where the failure opened the breaker, it is the failure that is told."""
+    server = Scripted([UpstreamConnectError("refused")])
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1), attempts=1))
+
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call())
+
+    assert 1 == server.asked
+
+
+def test_latencies() -> None:
+    """Times are told as percentiles, in milliseconds; of no call nothing is told."""
+    assert None is latencies([])
+    assert {"p50": 20.0, "p90": 20.0, "p99": 20.0, "calls": 1} == latencies([0.02])
+    hundred = latencies([each / 1000 for each in range(101)])
+    assert {"p50": 50.0, "p90": 90.0, "p99": 99.0, "calls": 101} == hundred
