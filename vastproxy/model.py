@@ -168,3 +168,11 @@ class AdResponse:
     """Which caps and budgets refused an ad, or would have, in words."""
     timings: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds of each step, for ``Server-Timing``."""
+    waterfall: tuple[str, ...] = ()
+    """What became of each upstream, as ``primary:breaker``; empty where one was asked, simply."""
+    breaker: tuple[str, ...] = ()
+    """Circuit breakers that changed because of this request, in words."""
+    cache: tuple[str, ...] = ()
+    """What upstreams' caches did, in words."""
+    cache_status: tuple[str, ...] = ()
+    """The same as members of the header ``Cache-Status`` (RFC 9211)."""

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
@@ -15,7 +15,7 @@ from lxml import etree
 from structlog.testing import capture_logs
 
 from tests.support.ad_server import AdServer as Upstreams
-from tests.support.ad_server import Reply
+from tests.support.ad_server import Received, Reply
 from tests.support.away_state import AwayState
 from tests.support.hostile import a_wrapper, an_inline, wrapper_element
 from vastproxy.config.template import Template
@@ -29,7 +29,9 @@ from vastproxy.session.factory import SessionFactory
 from vastproxy.state.base import Account, money
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
-from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.upstream.guard import Guard, GuardSettings
+from vastproxy.upstream.upstream import Protection, UpstreamSettings, VastUpstream
+from vastproxy.upstream.window import BreakerSettings
 from vastproxy.vast.merge import MAX_GROWTH
 from vastproxy.vast.unwrap import MAX_REPORTED, Policy
 
@@ -46,15 +48,42 @@ class Stage:
     client: AiohttpClient
     tasks: Tasks
 
-    def route(self, *paths: str, timeout: float = 2.0, **settings: Any) -> Route:
-        """Build a route whose upstreams are named after the *paths* they are at."""
-        return Route("/ad", tuple(self.upstream(each, timeout) for each in paths), **settings)
+    def route(
+        self,
+        *paths: str,
+        timeout: float = 2.0,
+        soft: float | None = None,
+        guards: Mapping[str, GuardSettings] | None = None,
+        **settings: Any,
+    ) -> Route:
+        """
+        Build a route whose upstreams are named after the *paths* they are at.
 
-    def upstream(self, path: str, timeout: float = 2.0) -> VastUpstream:
+        Each has the *soft* limit, and those that are named in *guards* are guarded.
+        """
+        guarded = guards or {}
+        upstreams = [self.upstream(each, timeout, soft, guarded.get(each)) for each in paths]
+        return Route("/ad", tuple(upstreams), **settings)
+
+    def upstream(
+        self,
+        path: str,
+        timeout: float = 2.0,
+        soft: float | None = None,
+        guard: GuardSettings | None = None,
+    ) -> VastUpstream:
         """Build the upstream at *path*."""
-        url = self.web.url(f"/{path}")
-        settings = UpstreamSettings(path, Template.parse(url), session_params=(), timeout=timeout)
-        return VastUpstream(settings, self.client, lambda: NOW)
+        settings = UpstreamSettings(
+            path,
+            Template.parse(self.web.url(f"/{path}")),
+            session_params=(),
+            timeout=timeout,
+            soft_timeout=soft,
+        )
+        protection = Protection.none(path)
+        if guard is not None:
+            protection = replace(protection, entry=Guard(path, guard))
+        return VastUpstream(settings, self.client, lambda: NOW, protection)
 
     async def answer(self, route: Route, request: AdRequest | None = None) -> AdResponse:
         """Answer *request*, and wait for its reports."""
@@ -204,6 +233,193 @@ async def test_limit_of_documents_is_for_the_whole_request(stage: Stage) -> None
     await stage.answer(stage.route("one", "two", "three", policy=policy))
 
     assert len(stage.asked) <= 4
+
+
+# --- Upstreams at one time ----------------------------------------------------------------------
+
+
+async def hang(_: Received) -> bytes:
+    """Answer nothing."""
+    await asyncio.Event().wait()
+    return b""
+
+
+def own_tasks() -> set[asyncio.Task[Any]]:
+    """Give the tasks that the proxy has left, but for its background."""
+    return {each for each in asyncio.all_tasks() if "flow/selector" in repr(each)}
+
+
+async def test_hanging_upstream_is_overtaken(stage: Stage) -> None:
+    """Where one exceeds its soft limit the next one's ad is answered; the first is cut off."""
+    stage.web.replies |= {"/one": hang, "/two": an_inline("ad2")}
+    began = time.monotonic()
+    response = await stage.answer(stage.route("one", "two", soft=0.1))
+
+    assert 0.1 <= time.monotonic() - began < 0.4
+    assert ["ad2"] == ids(response)
+    assert ("one:late", "two:ad", "one:cancelled") == response.waterfall
+    assert ("two", ("fallback", "soft_timeout")) == (response.upstream, response.flags)
+    assert set() == own_tasks()
+
+
+async def test_overtaken_upstream_may_win(stage: Stage) -> None:
+    """Where the one that was overtaken has its ad first, that is answered; the next is cut off."""
+    both_asked = asyncio.Event()
+
+    async def second(request: Received) -> bytes:
+        """Let the first one answer, and hang."""
+        both_asked.set()
+        return await hang(request)
+
+    async def first(_: Received) -> bytes:
+        """Answer when the second one is asked."""
+        await both_asked.wait()
+        return an_inline("ad1")
+
+    stage.web.replies |= {"/one": first, "/two": second}
+    response = await stage.answer(stage.route("one", "two", soft=0.05))
+
+    assert ["ad1"] == ids(response)
+    assert ("one:late", "one:ad", "two:cancelled") == response.waterfall
+    assert set() == own_tasks()
+
+
+async def test_chain_may_be_overtaken(stage: Stage) -> None:
+    """The soft limit is for the whole chain: a quick wrapper to a slow ad is overtaken, too."""
+    stage.web.replies |= {
+        "/one": a_wrapper(stage.web.url("/end"), errors=[stage.error("w")]),
+        "/end": hang,
+        "/two": an_inline("ad2"),
+    }
+    response = await stage.answer(stage.route("one", "two", soft=0.1))
+
+    assert ["ad2"] == ids(response)
+    assert {} == stage.told
+
+
+async def test_deadline_ends_all(stage: Stage) -> None:
+    """When the deadline passes all end by themselves, and what failed is counted as failed."""
+    stage.web.replies |= {"/one": hang, "/two": hang}
+    response = await stage.answer(stage.route("one", "two", soft=0.05, deadline=0.3))
+
+    assert [] == ids(response)
+    assert "one:late" == response.waterfall[0]
+    assert {"one:failed", "two:failed"} == set(response.waterfall[1:])
+    assert set() == own_tasks()
+
+
+async def test_player_hangs_up_while_two_are_asked(stage: Stage) -> None:
+    """When the viewer goes, both go: nobody is asked for somebody who is not there."""
+    stage.web.replies |= {"/one": hang, "/two": hang}
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(
+            stage.ads.answer(stage.route("one", "two", soft=0.05), AdRequest("/ad"))
+        )
+        await stage.web.wait_seen("/two")
+        asked.cancel()
+
+    assert asked.cancelled()
+    assert set() == own_tasks()
+
+
+async def test_passthrough_is_overtaken_as_well(stage: Stage) -> None:
+    """A route that passes documents through does not wait for one that hangs, either."""
+    stage.web.replies |= {"/one": hang, "/two": an_inline("ad2")}
+    response = await stage.answer(stage.route("one", "two", soft=0.05, mode="passthrough"))
+
+    assert ["ad2"] == ids(response)
+    assert ("one:late", "two:ad", "one:cancelled") == response.waterfall
+
+
+# --- Upstreams that are not asked ---------------------------------------------------------------
+
+
+async def test_open_breaker_is_passed_over(stage: Stage) -> None:
+    """What opens a breaker is told; from then on the next one is asked, and nobody is told."""
+    stage.web.replies |= {"/one": Reply(status=500), "/two": an_inline("ad2")}
+    guard = GuardSettings(breaker=BreakerSettings(fail_max=1))
+    route = stage.route("one", "two", guards={"one": guard})
+    first, second = [await stage.answer(route) for _ in range(2)]
+
+    assert [["ad2"], ["ad2"]] == [ids(each) for each in (first, second)]
+    assert ["/one", "/two", "/two"] == stage.asked
+    assert ("one:failed", "two:ad") == first.waterfall
+    assert ("one:breaker", "two:ad") == second.waterfall
+    assert [1, 0] == [len(each.breaker) for each in (first, second)]
+    assert first.breaker[0].startswith("one closed->open: ")
+    assert ("fallback", "breaker_open") == second.flags
+    assert [2, 1] == [each.hops for each in (first, second)]
+    assert {} == stage.told
+
+
+@pytest.mark.parametrize("mode", ["resolve", "passthrough"])
+async def test_one_upstream_that_is_not_asked(stage: Stage, mode: Any) -> None:
+    """That the only upstream was not asked is told, too."""
+    guard = GuardSettings(max_in_flight=0)
+    route = stage.route("one", guards={"one": guard}, mode=mode)
+    response = await stage.answer(route)
+
+    assert ("one:busy",) == response.waterfall
+    assert ("no_ad", "upstream_busy") == response.flags
+    assert [] == stage.asked
+
+
+async def test_plain_requests_have_no_waterfall(stage: Stage) -> None:
+    """Where one upstream was asked and answered, or failed, the other fields say it all."""
+    stage.web.replies |= {"/one": an_inline(), "/none": no_ad()}
+    routes = [stage.route(each) for each in ("one", "none", "gone")]
+
+    assert [(), (), ()] == [(await stage.answer(each)).waterfall for each in routes]
+
+
+# --- The last resort ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["resolve", "passthrough"])
+async def test_last_resort(stage: Stage, mode: Any) -> None:
+    """Where nobody has an ad the route's own is answered, and failures are the proxy's to tell."""
+    stage.web.replies |= {"/one": Reply(status=500), "/two": no_ad(stage.error("n"))}
+    route = stage.route("one", "two", mode=mode, fallback=an_inline("own"))
+    response = await stage.answer(route)
+
+    assert ["own"] == ids(response)
+    assert ("fallback", 1) == (response.upstream, response.ads)
+    assert ("fallback", "last_resort", "upstream_failed") == response.flags
+    assert {"n": ["303"]} == stage.told
+
+
+async def test_last_resort_is_not_asked_for_without_need(stage: Stage) -> None:
+    """Where an upstream has an ad the route's own is left alone."""
+    stage.web.replies["/one"] = an_inline("ad1")
+    response = await stage.answer(stage.route("one", fallback=an_inline("own")))
+
+    assert ["ad1"] == ids(response)
+    assert "last_resort" not in response.flags
+
+
+async def test_last_resort_after_the_deadline(stage: Stage) -> None:
+    """Where no time is left to ask anybody the route's own ad is answered."""
+    late = AdRequest("/ad", received=asyncio.get_running_loop().time() - 10)
+    response = await stage.answer(stage.route("one", fallback=an_inline("own")), late)
+
+    assert ["own"] == ids(response)
+    assert [] == stage.asked
+    assert ("one:not_asked",) == response.waterfall
+
+
+async def test_macros_of_the_last_resort(stage: Stage) -> None:
+    """The macros of the route's own ad are filled as those of any answer."""
+    own = with_macros("CORRELATOR TIMESTAMP DEVICEIP ASSETURI")
+    request = AdRequest("/ad", query=Query("c=77"), device=Device(ip="192.0.2.1"))
+    few = stage.route("one", fallback=own, correlator=Source.parse("query:c"))
+    every = replace(few, fill_macros="all")
+    tracker = filled(await stage.answer(few, request), "Impression")
+    media = filled(await stage.answer(few, request), "MediaFile")
+    told = filled(await stage.answer(every, request), "Impression")
+
+    assert ("77", "[DEVICEIP]") == (tracker["CORRELATOR"], tracker["DEVICEIP"])
+    assert ("77", "1800000000000") == (media["CORRELATOR"], media["TIMESTAMP"])
+    assert ("192.0.2.1", "[ASSETURI]") == (told["DEVICEIP"], told["ASSETURI"])
 
 
 # --- Who is told --------------------------------------------------------------------------------
@@ -554,6 +770,24 @@ async def test_explaining_tells_all_and_reports_nothing(stage: Stage) -> None:
     assert {} == stage.told
 
 
+async def test_explaining_tells_the_waterfall(stage: Stage) -> None:
+    """Explaining gives what became of each upstream, why, and what its breaker did."""
+    stage.web.replies |= {"/one": Reply(status=500), "/two": an_inline()}
+    guard = GuardSettings(breaker=BreakerSettings(fail_max=1))
+    route = stage.route("one", "two", guards={"one": guard})
+    first, second = [await stage.ads.explain(route, AdRequest("/ad")) for _ in range(2)]
+
+    assert [("one", "failed", "HTTP status 500"), ("two", "ad", "")] == [
+        (each.upstream, each.what, each.detail) for each in first.choices
+    ]
+    assert [("one", "closed", "open")] == [
+        (each.breaker, each.old, each.new) for each in first.changes
+    ]
+    assert "breaker" == second.choices[0].what
+    assert () == second.changes
+    assert 0 < first.choices[0].milliseconds < first.choices[1].milliseconds
+
+
 async def test_explaining_a_document_at_hand(stage: Stage) -> None:
     """With a document at hand the chain starts there."""
     stage.web.replies["/end"] = an_inline("last")
@@ -736,6 +970,30 @@ async def test_library_refuses_nonsense(shop: Shop, amounts: dict[str, Any]) -> 
     """What is no amount is the caller's mistake, and no reason to serve for nothing."""
     with pytest.raises(ValueError, match=r"money|less than nothing"):
         await shop.serve(**amounts)
+
+
+async def test_library_takes_the_last_place_once(shop: Shop) -> None:
+    """An upstream that hangs does not keep the next one from the last place, or the last money."""
+    shop.web.replies["/one-end"] = hang
+    assert shop.ads._embedded is not None
+    one, _ = shop.ads._embedded.upstreams
+    one.settings = replace(one.settings, soft_timeout=0.05)
+    served = [await shop.serve(limit=1, frequency_cap=1, price=1) for _ in range(2)]
+
+    assert [True, False] == [each is not None for each in served]
+    assert 'id="two-ad"' in (served[0] or "")
+    assert (1_000_000, 0) == await shop.standing()
+    assert set() == own_tasks()
+
+
+async def test_library_counts_failures(shop: Shop) -> None:
+    """How often upstreams failed for a campaign is in the state when the ad server is closed."""
+    shop.web.replies["/one"] = Reply(status=500)
+    for _ in range(3):
+        await shop.serve()
+    await shop.ads.close()
+
+    assert 3 == await shop.state.get_count("errors:spring")
 
 
 async def test_library_reports_dead_chains(shop: Shop) -> None:

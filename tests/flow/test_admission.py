@@ -2,17 +2,17 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytest
 
 from tests.support.script import inline
 from vastproxy.errors import StateAwayError, StateBackendError
-from vastproxy.flow.admission import Admission, Granted, Terms
+from vastproxy.flow.admission import Admission, Attempt, Granted, Terms
 from vastproxy.flow.beacons import Beacons
 from vastproxy.flow.budgets import Budget
 from vastproxy.flow.caps import Cap
@@ -22,6 +22,7 @@ from vastproxy.state.base import Account, Booking, Claim, Hold, Level, Verdict
 from vastproxy.state.guard import GuardedState
 from vastproxy.state.memory import InMemoryBackend
 from vastproxy.state.windows import Span, span_of
+from vastproxy.vast.document import Ad
 from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import ResolvedAd
 
@@ -95,6 +96,50 @@ class Shaky(InMemoryBackend):
 
 
 @dataclass(slots=True)
+class InTurn:
+    """An ad request whose upstreams are asked one after the other."""
+
+    whole: Admission
+    attempt: Attempt | None = None
+
+    async def before(self, upstream: str) -> bool:
+        """Go on to *upstream*; tell whether it may be asked."""
+        if self.attempt is not None:
+            await self.attempt.close()
+        self.attempt = self.whole.attempt(upstream)
+        return await self.attempt.before() is None
+
+    async def judge(self, found: Sequence[ResolvedAd]) -> Mapping[ResolvedAd, str]:
+        """Judge the ads that were *found*."""
+        assert self.attempt is not None
+        return await self.attempt.judge(found)
+
+    async def serve(self, found: Sequence[Ad]) -> list[list[Hold]]:
+        """Answer the ads that were *found*."""
+        return await self.whole.serve(found)
+
+    async def close(self) -> None:
+        """End."""
+        await self.whole.close()
+
+    @property
+    def flags(self) -> list[str]:
+        """What happened."""
+        return list(self.whole.flags)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why something was not served."""
+        return self.whole.reasons
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+@dataclass(slots=True)
 class World:
     """A state, and who speaks to it."""
 
@@ -105,9 +150,9 @@ class World:
     beacons: Beacons
     monotonic: list[float] = field(default_factory=lambda: [1000.0])
 
-    def admission(self, *caps: Cap, budget: Budget | None = None, viewer: str = "v") -> Admission:
+    def admission(self, *caps: Cap, budget: Budget | None = None, viewer: str = "v") -> "InTurn":
         """Begin an ad request of *viewer*."""
-        return Admission(Terms(caps, budget), viewer, self.state, self.leases, self.clock)
+        return InTurn(Admission(Terms(caps, budget), viewer, self.state, self.leases, self.clock))
 
     async def level(self, cap: Cap, subject: str = "viewer") -> tuple[int, int]:
         """Give what is counted and reserved under *cap*."""
@@ -177,13 +222,13 @@ def an_ad(name: str = "a", advertiser: str = "", price: str = "", currency: str 
     return inline(name, body=body)
 
 
-async def served(admission: Admission, found: Sequence[ResolvedAd]) -> list[list[Hold]]:
+async def served(admission: InTurn, found: Sequence[ResolvedAd]) -> list[list[Hold]]:
     """Judge the ads that were *found*, and answer those that may be served."""
     refused = await admission.judge(found)
     return await admission.serve([each.inline for each in found if each not in refused])
 
 
-async def one_request(admission: Admission, *inlines: str, upstream: str = "a") -> list[list[Hold]]:
+async def one_request(admission: InTurn, *inlines: str, upstream: str = "a") -> list[list[Hold]]:
     """Go the whole way of one ad request."""
     async with admission:
         if not await admission.before(upstream):
@@ -570,7 +615,7 @@ async def test_nobody_says_a_price() -> None:
 async def test_budget_is_spent_to_the_last_ad() -> None:
     """A budget for four ads serves four of 50 requests at once, and says why not more."""
     budget = a_budget(4 * PRICE + PRICE - 1)
-    admissions: list[Admission] = []
+    admissions: list[InTurn] = []
     answers: list[list[list[Hold]]] = []
 
     async def ask(world: World) -> None:
@@ -828,6 +873,143 @@ async def test_place_of_who_hung_up_is_free_at_once() -> None:
         assert 1 == len(answer)
 
 
+# --- Upstreams at one time ----------------------------------------------------------------------
+
+
+async def test_one_place_for_all() -> None:
+    """At a cap's last place an upstream that hangs does not keep the next one from it."""
+    cap = a_cap(1)
+    async with a_world() as world:
+        async with world.admission(cap).whole as admission:
+            hanging, next_one = admission.attempt("a"), admission.attempt("b")
+            assert [None, None] == [await hanging.before(), await next_one.before()]
+            assert (0, 1) == await world.level(cap)
+            found = ads(an_ad())
+            assert {} == dict(await next_one.judge(found))
+            hanging.abandon()
+            answer = await admission.serve([each.inline for each in found])
+
+        assert [1] == [len(each) for each in answer]
+        assert (0, 1) == await world.level(cap)
+
+
+async def test_two_that_begin_at_one_time() -> None:
+    """Two attempts that begin at the same moment reserve one place together."""
+    cap = a_cap(1)
+    async with a_world() as world, world.admission(cap).whole as admission:
+        attempts = [admission.attempt(each) for each in "ab"]
+
+        assert [None, None] == await asyncio.gather(*(each.before() for each in attempts))
+        assert (0, 1) == await world.level(cap)
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+async def test_two_have_ads(winner: int) -> None:
+    """Where two have ads, the place is the winner's; what the other's ad was granted is free."""
+    cap, by_ad = a_cap(1), a_cap(1, scope="d", by="ad")
+    budget = a_budget()
+    async with a_world() as world:
+        async with world.admission(cap, by_ad, budget=budget).whole as admission:
+            attempts = [admission.attempt(each) for each in "ab"]
+            found = [ads(an_ad(each)) for each in "xy"]
+            for attempt, offered in zip(attempts, found, strict=True):
+                assert await attempt.before() is None
+                assert {} == dict(await attempt.judge(offered))
+            assert (0, 2 * PRICE) == await world.money(budget)
+            [holds] = await admission.serve([each.inline for each in found[winner]])
+        await world.state.confirm(holds)
+
+        assert 0 == world.reserved()
+        assert 3 == len(holds)
+        assert (1, 0) == await world.level(cap)
+        assert (PRICE, 0) == await world.money(budget)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("winner", ["a", "b"])
+async def test_caps_that_differ(order: str, winner: str) -> None:
+    """Of the caps of two upstreams what is the same is shared; what only the loser has is free."""
+    both, only_a = a_cap(1), a_cap(1, scope="only", upstreams=frozenset({"a"}))
+    async with a_world() as world:
+        async with world.admission(both, only_a).whole as admission:
+            attempts = {each: admission.attempt(each) for each in order}
+            assert [None, None] == [await each.before() for each in attempts.values()]
+            assert ((0, 1), (0, 1)) == (await world.level(both), await world.level(only_a))
+            found = ads(an_ad())
+            assert {} == dict(await attempts[winner].judge(found))
+            await admission.serve([each.inline for each in found])
+
+        assert (0, 1) == await world.level(both)
+        assert (0, 1 if winner == "a" else 0) == await world.level(only_a)
+
+
+async def test_full_cap_of_one() -> None:
+    """A cap of one upstream that is full leaves the place that both need to the other."""
+    both, only_a = a_cap(1), a_cap(0, scope="only", upstreams=frozenset({"a"}))
+    async with a_world() as world, world.admission(both, only_a).whole as admission:
+        one, other = admission.attempt("a"), admission.attempt("b")
+
+        assert ["capped", None] == [await one.before(), await other.before()]
+        assert (0, 1) == await world.level(both)
+
+
+async def test_limits_that_differ() -> None:
+    """Where two upstreams have limits of their own on one counter, each takes by its own."""
+    strict = a_cap(1, scope="s", upstreams=frozenset({"a"}))
+    wide = a_cap(2, scope="s")
+    async with a_world() as world, world.admission(strict, wide).whole as admission:
+        attempts = [admission.attempt(each) for each in "ab"]
+
+        assert [None, None] == [await each.before() for each in attempts]
+        assert (0, 2) == await world.level(wide)
+
+
+async def test_overtaken_one_that_ends() -> None:
+    """An attempt that ends without an ad leaves the shared place to the one that goes on."""
+    cap, budget = a_cap(1), a_budget()
+    async with a_world() as world, world.admission(cap, budget=budget).whole as admission:
+        overtaken, goes_on = admission.attempt("a"), admission.attempt("b")
+        for each in (overtaken, goes_on):
+            assert await each.before() is None
+        await overtaken.judge(ads(an_ad("x")))
+        await overtaken.close()
+        assert ((0, 1), (0, 0)) == (await world.level(cap), await world.money(budget))
+        found = ads(an_ad("y"))
+
+        assert {} == dict(await goes_on.judge(found))
+        assert [1] == [len(each) - 1 for each in await admission.serve([found[0].inline])]
+
+
+async def test_loser_gives_its_lease_back() -> None:
+    """What the ads of a loser took of a lease goes back once, when it is cut off."""
+    budget = a_budget(100 * PRICE, on_state_loss="lease")
+    async with a_world(budget) as world:
+        await world.leases.renew()
+        [lease] = world.leases._campaigns["spring"].leases
+        async with world.admission(budget=budget).whole as admission:
+            loser, winner = admission.attempt("a"), admission.attempt("b")
+            for each, found in ((loser, ads(an_ad("x"))), (winner, ads(an_ad("y")))):
+                assert await each.before() is None
+                assert {} == dict(await each.judge(found))
+            assert 0 == lease.left
+            loser.abandon()
+            assert PRICE == lease.left
+            await admission.serve([found[0].inline])
+
+        assert PRICE == lease.left
+
+
+async def test_pods_are_counted_apart() -> None:
+    """What one upstream offers at the same time is no part of the other's pod."""
+    pod = a_cap(1, pod=True)
+    async with a_world() as world, world.admission(pod).whole as admission:
+        attempts = [admission.attempt(each) for each in "ab"]
+
+        assert [1, 1] == [len(await each.judge(ads(an_ad(), an_ad()))) for each in attempts]
+        assert [1, 1] == [len(each.granted) for each in attempts]
+        assert "<Attempt at a, granted: 1 ads>" == repr(attempts[0])
+
+
 # --- At random ----------------------------------------------------------------------------------
 
 
@@ -959,6 +1141,81 @@ async def test_limits_hold(seed: int) -> None:
         assert counted.get(("campaign spring", "spent"), 0) <= (budget.limit if budget else 0)
 
 
+async def random_race(
+    world: World, luck: random.Random, caps: tuple[Cap, ...], budget: Budget | None, books: Books
+) -> None:
+    """Go through one ad request whose upstreams are asked at one time: the first ad wins."""
+
+    async def attempt_at(admission: Admission, upstream: str) -> list[Ad]:
+        """Ask one upstream; whoever is cut off leaves all to the end."""
+        attempt = admission.attempt(upstream)
+        try:
+            if await attempt.before() is None:
+                for _ in range(luck.randint(0, 8)):
+                    await asyncio.sleep(0)
+                found = ads(*(an_ad(luck.choice("xyz")) for _ in range(luck.randint(0, 3))))
+                refused = await attempt.judge(found)
+                if good := [each.inline for each in found if each not in refused]:
+                    return good
+        except asyncio.CancelledError:
+            attempt.abandon()
+            raise
+        await attempt.close()
+        return []
+
+    async with world.admission(*caps, budget=budget).whole as admission:
+        won: list[Ad] = []
+        async with asyncio.TaskGroup() as group:
+            running = {group.create_task(attempt_at(admission, each)) for each in "ab"}
+            while running and not won:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                won = next((each.result() for each in done if each.result()), [])
+            for each in running:
+                each.cancel()
+        for holds in await admission.serve(won):
+            if holds:
+                token = world.beacons.url("", holds).removeprefix("/beacon/")
+                books.tokens.append(token)
+                books.holds[token] = holds
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_ledger_of_races(seed: int) -> None:
+    """Where upstreams race, too: what was shown is counted once, and nothing stays reserved."""
+    luck = random.Random(seed)
+    caps, budget = random_terms(luck)
+    share = luck.choice([0, 0.05, 0.3])
+    async with a_world(*([budget] if budget else []), luck=luck, share=share) as world:
+        books = Books()
+        for _ in range(3):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(luck.randint(1, 6)):
+                    group.create_task(random_race(world, luck, caps, budget, books))
+            await fire(world, luck, books)
+        world.backend.luck = None
+        await settled(world)
+        counted = world.counted()
+        world.clock.now += 600_000
+
+        assert expected(books) == counted
+        assert 0 == world.reserved()
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_nothing_stays_reserved_after_a_race(seed: int) -> None:
+    """When all requests are over, what is reserved is what waits for beacons, and no more."""
+    luck = random.Random(seed)
+    caps, budget = random_terms(luck)
+    async with a_world() as world:
+        books = Books()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(12):
+                group.create_task(random_race(world, luck, caps, budget, books))
+        waiting = [hold for holds in books.holds.values() for hold in holds]
+
+        assert sum(claim.amount for hold in waiting for claim in hold.claims) == world.reserved()
+
+
 async def test_repr() -> None:
     """Who looks at a request at work sees what was refused, and what it holds."""
     async with a_world() as world, world.admission(a_cap(0)) as admission:
@@ -966,7 +1223,7 @@ async def test_repr() -> None:
 
         assert (
             "<Admission ['cap of /r: 0 by viewer within 3600 s is full'], <Reservations open: 0>>"
-            == repr(admission)
+            == repr(admission.whole)
         )
 
 
@@ -992,7 +1249,8 @@ async def test_refusal_that_is_no_absence() -> None:
 
     clock = Clock()
     async with GuardedState(Broken(clock), timeout=5) as state:
-        admission = Admission(Terms((a_cap(1),)), "v", state, Leases(state, ()), clock)
+        whole = Admission(Terms((a_cap(1),)), "v", state, Leases(state, ()), clock)
+        admission = InTurn(whole)
         answer = await one_request(admission)
 
         assert 1 == len(answer)

@@ -36,10 +36,11 @@ def an_overview(backend: InMemoryBackend, *routes: tuple[str, Terms]) -> Overvie
 
 
 async def test_budget() -> None:
-    """A budget is told in units of its currency, with what is left."""
+    """A budget is told in units of its currency, with what is left, and how often asking failed."""
     backend = a_backend()
     await backend.confirm([Hold(SPRING.account, "a", (money(2_500_000),))])
     await backend.reserve([Hold(SPRING.account, "b", (money(500),))])
+    await backend.increment("errors:spring", 3)
     overview = an_overview(backend, ("/pre", Terms(budget=SPRING)))
 
     assert {
@@ -51,6 +52,7 @@ async def test_budget() -> None:
         "limit": 10,
         "remaining": 7.4995,
         "percentage": 25.0,
+        "errors": 3,
         "routes": ["/pre"],
     } == await overview.budget("spring")
     assert await overview.budget("summer") is None

@@ -1,17 +1,14 @@
 """Which route answers, who is watching, and what of the request goes on."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vastproxy.config.template import Template
 from vastproxy.config.units import Source
+from vastproxy.errors import VastError
 from vastproxy.flow.routing import (
     Route,
     Router,
-    cookies,
     forwarded,
-    found,
     macro_values,
     viewer_of,
 )
@@ -92,24 +89,6 @@ def test_router_names_its_routes() -> None:
     assert "<Router ['/a', '/b/{rest}']>" == repr(a_router("/b/{rest}", "/a"))
 
 
-@pytest.mark.parametrize(
-    ("source", "value"),
-    [
-        ("query:uid", "q"),
-        ("header:X-Uid", "h"),
-        ("cookie:uid", "c"),
-        ("query:none", ""),
-        ("header:none", ""),
-        ("cookie:none", ""),
-    ],
-)
-def test_sources(source: str, value: str) -> None:
-    """A source is a query parameter, a header or a cookie; what is not there is empty."""
-    request = a_request("uid=q&uid=r", x_uid="h", cookie="a=b; uid=c; uid=d")
-
-    assert value == found(Source.parse(source), request)
-
-
 def test_first_source_that_has_a_value_is_the_viewer() -> None:
     """The viewer's id comes from the first source that is there and not empty."""
     sources = tuple(map(Source.parse, ("query:uid", "header:X-Uid", "cookie:uid")))
@@ -119,28 +98,6 @@ def test_first_source_that_has_a_value_is_the_viewer() -> None:
     assert "c" == viewer_of(route, a_request("", cookie="uid=c"))
     assert "" == viewer_of(route, a_request("x=1"))
     assert "" == viewer_of(Route("/", ()), a_request("uid=1"))
-
-
-@pytest.mark.parametrize(
-    ("header", "values"),
-    [
-        ("", {}),
-        ("uid=1", {"uid": "1"}),
-        ("x=0;uid=1; uid=2", {"uid": "1"}),
-        ('uid="a=b"; sid=', {"uid": '"a=b"', "sid": ""}),
-        ("uid; Uid=1; =2; ;;", {}),
-        ("  uid =1; uid= 2", {"uid": " 2"}),
-    ],
-)
-def test_cookies(header: str, values: dict[str, str]) -> None:
-    """Of the cookies that are named the first is given, as it was sent."""
-    assert values == cookies(header, ("uid", "sid"))
-
-
-@given(header=st.text(max_size=40))
-def test_any_cookie_header_can_be_read(header: str) -> None:
-    """Nothing but the names that were asked for comes out of a header, whatever it is."""
-    assert set(cookies(header, ("uid",))) <= {"uid"}
 
 
 RAW = "slot=a%20b&uid=%2F&&x&slot=[C]&Slot=d"
@@ -192,3 +149,10 @@ def test_macros_of_the_route() -> None:
     )
 
     assert {"CONTENTID": "c-1 2", "PAGEURL": "me/1"} == macro_values(route, request, "me/1")
+
+
+def test_fallback_that_is_none() -> None:
+    """A route does not come to be with a fallback that nobody could be answered."""
+    with pytest.raises(VastError):
+        Route("/", (), fallback=b"<html/>")
+    assert b"<VAST version='3.0'/>" == Route("/", (), fallback=b"<VAST version='3.0'/>").fallback

@@ -137,6 +137,7 @@ async def test_thousands_of_impressions(proxy: Proxy) -> None:
         "limit": 1000,
         "remaining": 995,
         "percentage": 0.5,
+        "errors": 0,
         "routes": ["/thousands"],
     } == budget(proxy, "thousands")
 

@@ -235,7 +235,8 @@ def test_cors(origin: str | None, allowed: str, credentials: str | None) -> None
     assert [allowed] == headers.getall("Access-Control-Allow-Origin")
     assert credentials == headers.get("Access-Control-Allow-Credentials")
     assert "Origin" == headers["Vary"]
-    assert "X-Request-Id, Server-Timing" == headers["Access-Control-Expose-Headers"]
+    exposed = headers["Access-Control-Expose-Headers"]
+    assert "X-Request-Id, Server-Timing, Cache-Status" == exposed
 
 
 def browser_headers(headers: Mapping[str, str]) -> tuple[str | None, str | None]:
@@ -266,6 +267,15 @@ def test_answer() -> None:
     assert "no-store" == reply.headers["Cache-Control"]
     assert "r1" == reply.headers["X-Request-Id"]
     assert "hop1;dur=12.3, hop2;dur=5.0, total;dur=20.0" == reply.headers["Server-Timing"]
+
+
+def test_cache_status() -> None:
+    """What caches did stands in a header, one member for each; without any there is none."""
+    members = ("vastproxy; hit; ttl=9; detail=a", "vastproxy; fwd=uri-miss; detail=b")
+    reply = answered(a_request(), AdResponse(b"", "r1", cache_status=members), 0.02)
+
+    assert ", ".join(members) == reply.headers["Cache-Status"]
+    assert "Cache-Status" not in answered(a_request(), AdResponse(b"", "r1"), 0.02).headers
 
 
 def test_preflight() -> None:

@@ -110,6 +110,28 @@ async def test_answer_and_its_line() -> None:
     }
 
 
+async def test_line_of_a_request_with_trouble() -> None:
+    """What the waterfall chose, breakers did and caches had is in the line where there is any."""
+    fields = {
+        "waterfall": ("main:breaker", "house:ad"),
+        "breaker": ("main half-open->open: HTTP status 500",),
+        "cache": ("house: hit",),
+    }
+
+    async def troubled(_: Route, __: AdRequest) -> AdResponse:
+        """Answer after some trouble."""
+        return AdResponse(b"<VAST/>", "r1", cache_status=("vastproxy; hit",), **fields)
+
+    player, _ = a_player(troubled)
+    async with serving(player) as client:
+        with capture_logs() as logs:
+            reply = await client.get("/ad")
+
+    assert fields == {name: logs[0][name] for name in fields}
+    assert "vastproxy; hit" == reply.headers["Cache-Status"]
+    assert "cache_status" not in logs[0]
+
+
 async def test_bug_inside_is_an_empty_answer() -> None:
     """A bug gives the player 200 and an empty VAST, and the log its traceback by the same id."""
 

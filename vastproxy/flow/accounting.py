@@ -1,10 +1,11 @@
 """What caps, budgets and kept cookies need, the same for all ad requests of a proxy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vastproxy.flow.admission import Admission, Terms
 from vastproxy.flow.beacons import Beacons
+from vastproxy.flow.failures import FailureCounts
 from vastproxy.flow.leases import Leases
 from vastproxy.session.seals import ViewerNames
 from vastproxy.session.viewer_cookies import ViewerCookies
@@ -24,6 +25,11 @@ class Accounting:
     names: ViewerNames
     is_public_suffix: Callable[[str], bool]
     now: Callable[[], float]
+    failures: FailureCounts = field(init=False)
+    """How often upstreams failed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "failures", FailureCounts(self.state))
 
     def admission(self, terms: Terms, viewer: str, deadline: float = FOR_EVER) -> Admission:
         """

@@ -1,14 +1,14 @@
 """
 The way of one ad request. START READING HERE.
 
-A request has found its route. A session is opened for it; the route's upstreams are asked in
-turn, each with the wrappers behind it, until one has an ad that caps and budget let through; what
-came is merged into one document of InLines, or an empty one. Failures on the way are told to the
-ad servers afterwards.
+A request has found its route. The route's upstreams are asked in their order, each in a session of
+its own and with the wrappers behind it, until one has an ad that caps and budget let through; what
+came is merged into one document of InLines. Where nobody has an ad, the route's own document is
+answered, or an empty one. Failures on the way are told to the ad servers afterwards.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -16,22 +16,27 @@ from typing import Self
 
 from vastproxy.errors import StateBackendError, UpstreamError, VastError
 from vastproxy.flow.accounting import Accounting
-from vastproxy.flow.admission import Admission
-from vastproxy.flow.answer import Outcome, bounded, passed, response, to_tell, written
+from vastproxy.flow.admission import Admission, Attempt
+from vastproxy.flow.answer import Outcome, bounded, response, to_tell, together, written
 from vastproxy.flow.beacons import Beacons
 from vastproxy.flow.embedded import Embedded
 from vastproxy.flow.reporter import ErrorReporter, Ping
-from vastproxy.flow.routing import Route, cookies, forwarded, found, macro_values, viewer_of
+from vastproxy.flow.routing import Route, forwarded, macro_values, viewer_of
+from vastproxy.flow.selector import first_with_ad
 from vastproxy.model import AdRequest, AdResponse
-from vastproxy.observe.trace import Hop, Trace
+from vastproxy.observe.trace import BreakerChange, Choice, Hop, Trace, What
 from vastproxy.session.context import SessionContext
+from vastproxy.session.cookies import CookieJar
 from vastproxy.session.factory import UID, SessionFactory
 from vastproxy.session.session import Request, VastSession
 from vastproxy.session.viewer_cookies import ViewerCookies
 from vastproxy.state.base import StateBackend
-from vastproxy.upstream.resolver import MAX_JUDGED, VastChainResolver
+from vastproxy.upstream.resolver import MAX_JUDGED, VastChainResolver, refused_by
+from vastproxy.upstream.sources import cookies, found
 from vastproxy.upstream.upstream import VastUpstream
 from vastproxy.vast.beacons import add_impression, with_impressions
+from vastproxy.vast.document import Ad
+from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import Report, ResolvedAd
 
 WORTH_ASKING = 0.02
@@ -45,6 +50,12 @@ class Explained:
     body: bytes
     hops: tuple[Hop, ...]
     outcome: Outcome
+    choices: tuple[Choice, ...] = ()
+    """The steps of the waterfall."""
+    changes: tuple[BreakerChange, ...] = ()
+    """Circuit breakers that changed because of it."""
+    shadowed: tuple[str, ...] = ()
+    """Circuit breakers that would have refused a call, and only watch."""
 
 
 class AdServer:
@@ -144,13 +155,10 @@ class AdServer:
         return answer
 
     async def _answer(self, asked: "_Asked") -> AdResponse:
-        if asked.route.mode == "passthrough":
-            body, outcome = await self._pass_through(asked)
-        else:
-            outcome = await self._ask(asked)
-            await self._book(asked, outcome)
-            body = written(asked.route, outcome)
+        outcome = await self._ask(asked)
+        body = await self._written(asked, outcome)
         self._report(asked.route, outcome)
+        self._count_failures(asked)
         told = response(asked.context, asked.trace, outcome, body)
         admission = asked.admission
         if admission is None:
@@ -162,14 +170,23 @@ class AdServer:
         self, route: Route, request: AdRequest, document: bytes | None = None
     ) -> "Explained":
         """
-        Answer as :meth:`answer` does, and tell all; report nothing.
+        Answer as :meth:`answer` does, and tell all; report nothing, and count nothing.
 
-        With a *document*, the chain starts there, and nobody is asked for the first one.
+        Caps and budgets are not asked. With a *document*, the chain starts there, and nobody is
+        asked for the first one.
         """
         context, viewer = self._context(route, request), viewer_of(route, request)
-        asked = _Asked(route, request, context, viewer, Trace(detailed=True))
-        outcome = await self._ask(asked, document)
-        return Explained(written(route, outcome), tuple(asked.trace.ordered()), outcome)
+        asked = _Asked(route, request, context, viewer, Trace(detailed=True), document)
+        outcome = await self._ask(asked)
+        trace = asked.trace
+        return Explained(
+            written(route, outcome),
+            tuple(trace.ordered()),
+            outcome,
+            tuple(trace.choices),
+            tuple(trace.changes),
+            tuple(trace.shadowed),
+        )
 
     def _context(self, route: Route, request: AdRequest) -> SessionContext:
         taken = cookies(request.header("cookie"), route.forward_cookies)
@@ -179,38 +196,89 @@ class AdServer:
             cookies=taken if route.forward_cookies else None,
         )
 
-    def _sessions(self, asked: "_Asked") -> Iterable[VastSession]:
-        """Open a session at each upstream in turn, while the deadline leaves time to ask."""
-        route, jar = asked.route, self._factory.jar()
-        clock, deadline = asyncio.get_running_loop().time, asked.deadline
-        for upstream in route.upstreams:
-            spent = asked.trace.begun >= route.policy.max_fetches
-            if deadline - clock() < WORTH_ASKING or spent:
-                return
-            yield self._factory.open_session(
-                asked.context,
-                upstream,
-                request=_facts(asked, upstream),
-                jar=jar,
-                trace=asked.trace,
-                timestamp=upstream.settings.timestamp,
-            )
+    def _session(self, asked: "_Asked", upstream: VastUpstream) -> VastSession:
+        """Open a session at *upstream*."""
+        if asked.jar is None:
+            asked.jar = self._factory.jar()
+        return self._factory.open_session(
+            asked.context,
+            upstream,
+            request=_facts(asked, upstream),
+            jar=asked.jar,
+            trace=asked.trace,
+            timestamp=upstream.settings.timestamp,
+        )
 
-    async def _ask(self, asked: "_Asked", document: bytes | None = None) -> Outcome:
-        """Ask upstreams until one has an ad; the first answer may be a *document* at hand."""
-        resolver = VastChainResolver(asked.route.policy)
-        outcome = Outcome()
-        judge = asked.admission.judge if asked.admission else None
-        for session in self._sessions(asked):
-            if not await asked.may_ask(session):
-                continue
-            async with session:
-                resolution = await resolver.resolve(session, document=document, judge=judge)
-                came = resolution.unwrapped
-                session.came(None if came is None else len(came.ads))
-            if outcome.take(session, resolution):
-                break
+    async def _ask(self, asked: "_Asked") -> Outcome:
+        """Ask upstreams until one has an ad; where none has, there may be one of the route's."""
+        outcomes: dict[int, Outcome] = {}
+
+        async def ask(at: int) -> bool:
+            outcomes[at] = outcome = await self._attempt(asked, asked.route.upstreams[at])
+            return bool(outcome.ads)
+
+        winner = await first_with_ad(asked.route.soft_timeouts, ask, asked.overtaken)
+        found = None if winner is None else outcomes[winner]
+        outcome = together([each for _, each in sorted(outcomes.items())], found)
+        if found is None and asked.route.fallback is not None:
+            outcome.last_resort = parse(asked.route.fallback)
+            outcome.session = self._session(asked, asked.route.upstreams[0])
+            outcome.ads = len(outcome.last_resort.ads)
         return outcome
+
+    async def _attempt(self, asked: "_Asked", upstream: VastUpstream) -> Outcome:
+        """Ask *upstream*, and take note of what came of it; what came to nothing gives all back."""
+        attempt = asked.admission.attempt(upstream.name) if asked.admission else None
+        try:
+            outcome = await self._outcome(asked, upstream, attempt)
+        except asyncio.CancelledError:
+            asked.note(upstream, "cancelled")
+            if attempt is not None:
+                attempt.abandon()
+            raise
+        asked.note(upstream, outcome.what, outcome.detail)
+        if attempt is not None and not outcome.ads:
+            await attempt.close()
+        return outcome
+
+    async def _outcome(
+        self, asked: "_Asked", upstream: VastUpstream, attempt: Attempt | None
+    ) -> Outcome:
+        if missing := asked.missing():
+            return Outcome(what="not_asked", detail=missing)
+        if attempt is not None and (refusal := await attempt.before()):
+            return Outcome(what=refusal, detail="; ".join(attempt.reasons))
+        async with self._session(asked, upstream) as session:
+            if asked.route.mode == "passthrough":
+                return await self._enter(asked, session, attempt)
+            judge = attempt.judge if attempt else None
+            resolver = VastChainResolver(asked.route.policy)
+            resolution = await resolver.resolve(session, document=asked.document, judge=judge)
+            came = resolution.unwrapped
+            session.came(None if came is None else len(came.ads))
+        return Outcome.of(session, resolution)
+
+    async def _enter(
+        self, asked: "_Asked", session: VastSession, attempt: Attempt | None
+    ) -> Outcome:
+        """Ask for a document that is to be passed through."""
+        try:
+            entry = await VastChainResolver(asked.route.policy).enter(session)
+        except (UpstreamError, VastError) as error:
+            session.came(None)
+            return Outcome.failed(error.vast_code, str(error), refused_by(error))
+        ads = entry.document.ads
+        session.came(len(ads))
+        if attempt is not None and (refused := await _refused_document(attempt, ads)):
+            return Outcome(detail=refused)
+        return Outcome.of_entry(session, entry, ads)
+
+    async def _written(self, asked: "_Asked", outcome: Outcome) -> bytes:
+        """Write the answer, and take it that its ads are answered."""
+        if outcome.passed is not None:
+            return await self._marked(asked, outcome, written(asked.route, outcome))
+        await self._book(asked, outcome)
+        return written(asked.route, outcome)
 
     async def _book(self, asked: "_Asked", outcome: Outcome) -> None:
         """Take it that the ads of *outcome* are answered: count them, or give them beacons."""
@@ -222,38 +290,11 @@ class AdServer:
             if url := self._accounting.beacons.url(asked.request.base, holds):
                 add_impression(ad, url)
 
-    async def _pass_through(self, asked: "_Asked") -> tuple[bytes, Outcome]:
-        """Give the first document that has ads, with its macros filled."""
-        outcome = Outcome()
-        resolver = VastChainResolver(asked.route.policy)
-        for session in self._sessions(asked):
-            if not await asked.may_ask(session):
-                continue
-            async with session:
-                try:
-                    entry = await resolver.enter(session)
-                except (UpstreamError, VastError):
-                    session.came(None)
-                    continue  # it is in the trace
-                session.came(len(entry.document.ads))
-            ads = [ResolvedAd(each, (), None) for each in entry.document.ads]
-            # What is passed through cannot be cut: one ad too many is a document too many.
-            if asked.admission and not await self._all_admitted(asked.admission, ads):
-                continue
-            if outcome.pass_on(session, entry.document):
-                body = passed(asked.route, session, entry)
-                return await self._marked(asked, ads, body), outcome
-        return written(asked.route, outcome), outcome
-
-    @staticmethod
-    async def _all_admitted(admission: Admission, ads: Sequence[ResolvedAd]) -> bool:
-        return len(ads) <= MAX_JUDGED and not await admission.judge(ads)
-
-    async def _marked(self, asked: "_Asked", ads: Sequence[ResolvedAd], body: bytes) -> bytes:
+    async def _marked(self, asked: "_Asked", outcome: Outcome, body: bytes) -> bytes:
         """Put beacons into a document that is passed through."""
         if self._accounting is None or asked.admission is None:
             return body
-        waiting = await asked.admission.serve([each.inline for each in ads])
+        waiting = await asked.admission.serve(outcome.passed_ads)
         beacons, base = self._accounting.beacons, asked.request.base
         marked = with_impressions(body, [beacons.url(base, holds) or None for holds in waiting])
         # An ad without a place for its beacon is counted as shown: nothing is served uncounted.
@@ -275,6 +316,13 @@ class AdServer:
         if asked.cookies is not None and asked.cookies.changes():
             accounting.state.spawn(_saved(asked.cookies), "cookies")
 
+    def _count_failures(self, asked: "_Asked") -> None:
+        """Count, for the route's campaign, upstreams that failed."""
+        budget = asked.route.terms.budget
+        if budget is not None and self._accounting is not None:
+            failed = sum(each.what == "failed" for each in asked.trace.choices)
+            self._accounting.failures.add(budget.campaign, failed)
+
     def _report(self, route: Route, outcome: Outcome) -> None:
         """Tell ad servers what failed, but for what the answer leaves to the player."""
         reports, cut = bounded(to_tell(route, outcome))
@@ -294,8 +342,12 @@ class _Asked:
     context: SessionContext
     viewer: str = ""
     trace: Trace = field(default_factory=Trace)
+    document: bytes | None = None
+    """What the first upstream has answered already."""
     admission: Admission | None = None
     cookies: ViewerCookies | None = None
+    jar: CookieJar | None = None
+    """What all sessions of the request share."""
     deadline: float = field(init=False)
     """On the loop's clock, in seconds."""
 
@@ -304,9 +356,35 @@ class _Asked:
         began = asyncio.get_running_loop().time() if received is None else received
         self.deadline = began + self.route.deadline
 
-    async def may_ask(self, session: VastSession) -> bool:
-        """Tell whether caps and budget leave anything to ask the session's upstream for."""
-        return self.admission is None or await self.admission.before(session.upstream.name)
+    def missing(self) -> str:
+        """Say what is missing to ask an upstream, if anything: time, or a document that is left."""
+        if self.deadline - asyncio.get_running_loop().time() < WORTH_ASKING:
+            return "no time is left"
+        if self.trace.begun >= self.route.policy.max_fetches:
+            return f"all {self.route.policy.max_fetches} documents are used up"
+        return ""
+
+    def note(self, upstream: VastUpstream, what: What, detail: str = "") -> None:
+        """Take note of what became of *upstream*."""
+        since = asyncio.get_running_loop().time() - self.deadline + self.route.deadline
+        self.trace.choices.append(Choice(upstream.name, what, since * 1000, detail))
+
+    def overtaken(self, at: int) -> None:
+        """Take note that the next upstream is asked, as the one at place *at* takes its time."""
+        upstream = self.route.upstreams[at]
+        self.note(upstream, "late", f"no ad in {upstream.soft_timeout or 0:g} s")
+
+
+async def _refused_document(attempt: Attempt, ads: Sequence[Ad]) -> str:
+    """
+    Say why a document with *ads* may not be passed through; empty: it may.
+
+    It cannot be cut: one ad too many is a document too many. Its chains are taken to end there.
+    """
+    if len(ads) > MAX_JUDGED:
+        return f"more than {MAX_JUDGED} ads"
+    refused = await attempt.judge([ResolvedAd(each, (), None) for each in ads])
+    return "; ".join(refused.values())
 
 
 async def _saved(cookies: ViewerCookies) -> None:

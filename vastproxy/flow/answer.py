@@ -4,18 +4,20 @@ What is answered: the outcome of asking, and the writing of it.
 Everything here is decided from the outcome alone: nothing waits, and nobody is told.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from vastproxy.errors import VastError
 from vastproxy.flow.routing import Route
 from vastproxy.model import AdResponse
-from vastproxy.observe.trace import Trace
+from vastproxy.observe.trace import Choice, Hop, Trace, What
 from vastproxy.session.context import SessionContext
 from vastproxy.session.session import VastSession
 from vastproxy.upstream.resolver import Entry, Resolution
 from vastproxy.vast import serialise
 from vastproxy.vast.codes import VastCode
-from vastproxy.vast.document import VastDocument
+from vastproxy.vast.document import Ad, VastDocument
 from vastproxy.vast.macros import MACROS, Context, Macros, fill_everywhere, replace_few
 from vastproxy.vast.merge import MergeNote, merge
 from vastproxy.vast.parse import is_plain
@@ -36,6 +38,25 @@ _FLAGS = {
     VastCode.NO_AD: "no_fill",
 }
 
+_REFUSALS: Mapping[str, What] = {
+    "breaker": "breaker",
+    "rate_limit": "rate_limit",
+    "busy": "busy",
+}
+"""What the proxy's own guards say."""
+
+_REFUSAL_FLAGS = {
+    "breaker": "breaker_open",
+    "rate_limit": "rate_limited",
+    "busy": "upstream_busy",
+}
+
+_PLAIN: frozenset[What] = frozenset({"ad", "no_ad", "failed"})
+"""What the rest of the access line tells of a single upstream."""
+
+LAST_RESORT = "fallback"
+"""Whose ads they are called where nobody had any, and the route's own are answered."""
+
 # What fill_macros: all puts into trackers. Playheads and the like only the player knows.
 _TOLD_TO_TRACKERS = (
     "TIMESTAMP",
@@ -51,7 +72,7 @@ _TOLD_TO_TRACKERS = (
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of asking the route's upstreams, so far."""
+    """What came of asking one upstream, or all of a route's."""
 
     session: VastSession | None = None
     """Whose ads are answered; None: nobody has any."""
@@ -59,6 +80,12 @@ class Outcome:
     """How many."""
     unwrapped: Unwrapped | None = None
     """The ads, their wrappers merged into them; None also where a document is passed through."""
+    passed: Entry | None = None
+    """The document that is passed through..."""
+    passed_ads: Sequence[Ad] = ()
+    """...and its ads, the same that were judged."""
+    last_resort: VastDocument | None = None
+    """The route's own document, where nobody else had an ad."""
     notes: tuple[tuple[MergeNote, ...], ...] = ()
     """What each wrapper gave to each ad, outermost wrapper first."""
     reports: "Telling" = field(default_factory=list)
@@ -69,29 +96,51 @@ class Outcome:
     """Of the entry documents."""
     no_ads: list[tuple[VastSession, VastDocument]] = field(default_factory=list)
     """Entry documents that were empty from the start: their <Error>s are the player's to call."""
+    what: What = "no_ad"
+    """What it is called in the waterfall..."""
+    detail: str = ""
+    """...and why it came to that, in words."""
 
-    def take(self, session: VastSession, resolution: Resolution) -> bool:
-        """Add what one upstream gave; True if that is an ad, merged and ready."""
+    @classmethod
+    def of(cls, session: VastSession, resolution: Resolution) -> Self:
+        """Say what one upstream gave: its ads are merged, and ready."""
         unwrapped = resolution.unwrapped
         if unwrapped is None:
-            return False
-        self.reports += [(session, each) for each in unwrapped.reports]
-        self.unreported += unwrapped.unreported
-        self.versions.append(unwrapped.entry.version)
+            return cls.failed(resolution.code, resolution.problem, resolution.refused)
+        outcome = cls(
+            reports=[(session, each) for each in unwrapped.reports],
+            unreported=unwrapped.unreported,
+            versions=[unwrapped.entry.version],
+        )
         if unwrapped.ads:
-            return self._merge(session, unwrapped)
-        if not unwrapped.entry.ads:
-            self.no_ads.append((session, unwrapped.entry))
-        return False
+            outcome._merge(session, unwrapped)
+        else:
+            outcome.detail = "; ".join(dict.fromkeys(each.reason for each in unwrapped.reports))
+            if not unwrapped.entry.ads:
+                outcome.no_ads.append((session, unwrapped.entry))
+        return outcome
 
-    def _merge(self, session: VastSession, unwrapped: Unwrapped) -> bool:
+    @classmethod
+    def of_entry(cls, session: VastSession, entry: Entry, ads: Sequence[Ad]) -> Self:
+        """Say what a document with *ads* is, that is to be passed through."""
+        if ads:
+            return cls(session, len(ads), passed=entry, passed_ads=ads, what="ad")
+        return cls(no_ads=[(session, entry.document)])
+
+    @classmethod
+    def failed(cls, code: int | None, problem: str, refused: str) -> Self:
+        """Say what it is that an upstream gave no document; *refused* is what kept us from it."""
+        failed: What = "no_ad" if code == VastCode.NO_AD else "failed"
+        return cls(what=_REFUSALS.get(refused, failed), detail=problem)
+
+    def _merge(self, session: VastSession, unwrapped: Unwrapped) -> None:
         try:
             self.notes = merge(unwrapped)
         except VastError as error:
             self._refuse(session, unwrapped, str(error))
-            return False
+            return
         self.session, self.unwrapped, self.ads = session, unwrapped, len(unwrapped.ads)
-        return True
+        self.what = "ad"
 
     def _refuse(self, session: VastSession, unwrapped: Unwrapped, reason: str) -> None:
         """Give up ads that cannot be merged, and let everybody on their paths be told."""
@@ -102,15 +151,26 @@ class Outcome:
         uris += [uri for ad in levels.values() for uri in ad.errors]
         told = tuple(dict.fromkeys(uris))
         self.reports.append((session, Report(VastCode.WRAPPER, told, reason)))
+        self.what, self.detail = "failed", reason
 
-    def pass_on(self, session: VastSession, document: VastDocument) -> bool:
-        """Add a document that is to be passed through; True if it has an ad."""
-        ads = len(document.ads)
-        if not ads:
-            self.no_ads.append((session, document))
-            return False
-        self.session, self.ads = session, ads
-        return True
+    def add(self, other: "Outcome") -> None:
+        """Add what came to nothing at another upstream: failures, and empty documents."""
+        self.reports += other.reports
+        self.unreported += other.unreported
+        self.versions += other.versions
+        self.no_ads += other.no_ads
+
+
+def together(outcomes: Iterable[Outcome], winner: Outcome | None) -> Outcome:
+    """Put *outcomes* into one, in their order; the ads are those of the *winner*."""
+    parts = list(outcomes)
+    if parts == [winner]:
+        return parts[0]
+    whole = Outcome() if winner is None else replace(winner, reports=[], versions=[], no_ads=[])
+    whole.unreported = 0
+    for each in parts:
+        whole.add(each)
+    return whole
 
 
 Telling = list[tuple[VastSession, Report]]
@@ -155,14 +215,20 @@ def left_to_player(route: Route, outcome: Outcome) -> bool:
 
 def written(route: Route, outcome: Outcome) -> bytes:
     """Write the answer."""
-    if outcome.unwrapped is None or outcome.session is None:
+    session = outcome.session
+    if session is None:
         return _without_ads(route, outcome)
-    document = serialise.assemble(outcome.unwrapped)
-    outcome.session.upstream.fill_media(document, outcome.session)
-    return _filled(route, serialise.to_bytes(document), outcome.session.macros)
+    if outcome.passed is not None:
+        return _passed(route, session, outcome.passed)
+    document = outcome.last_resort
+    if document is None:
+        assert outcome.unwrapped is not None  # noqa: S101 - ads are resolved, or passed through
+        document = serialise.assemble(outcome.unwrapped)
+    session.upstream.fill_media(document, session)
+    return _filled(route, serialise.to_bytes(document), session.macros)
 
 
-def passed(route: Route, session: VastSession, entry: Entry) -> bytes:
+def _passed(route: Route, session: VastSession, entry: Entry) -> bytes:
     """Write what an upstream answered, byte for byte but for macros."""
     faithful = not entry.document.repairs and is_plain(entry.body)
     body = entry.body if faithful else serialise.to_bytes(entry.document)
@@ -209,11 +275,37 @@ def response(context: SessionContext, trace: Trace, outcome: Outcome, body: byte
         body=body,
         request_id=context.request_id,
         ads=outcome.ads,
-        hops=len(hops),
-        upstream=outcome.session.upstream.name if outcome.session else "",
+        hops=sum(not each.refused and not _is_kept(each) for each in hops),
+        upstream=_whose(outcome),
         flags=flags(trace, outcome),
         timings=tuple([(f"hop{hop.number}", hop.milliseconds) for hop in hops]),
+        waterfall=_steps(trace),
+        breaker=tuple([str(each) for each in trace.changes]),
+        cache=tuple([f"{each.upstream}: {each.cache}" for each in hops if each.cache]),
+        cache_status=tuple(trace.cache_status),
     )
+
+
+def _whose(outcome: Outcome) -> str:
+    if outcome.last_resort is not None:
+        return LAST_RESORT
+    return outcome.session.upstream.name if outcome.session else ""
+
+
+def _steps(trace: Trace) -> tuple[str, ...]:
+    if not is_told(trace.choices):
+        return ()
+    return tuple([f"{each.upstream}:{each.what}" for each in trace.choices])
+
+
+def is_told(choices: Sequence[Choice]) -> bool:
+    """Whether there was more to a waterfall than one upstream that was asked, and answered."""
+    return len(choices) > 1 or any(each.what not in _PLAIN for each in choices)
+
+
+def _is_kept(hop: Hop) -> bool:
+    """Whether the hop's document had been kept, and nobody was asked for it."""
+    return hop.cache.startswith("hit")
 
 
 def flags(trace: Trace, outcome: Outcome) -> tuple[str, ...]:
@@ -223,11 +315,27 @@ def flags(trace: Trace, outcome: Outcome) -> tuple[str, ...]:
         words["no_ad"] = None
     if len({hop.upstream for hop in trace.hops}) > 1:
         words["fallback"] = None
+    if outcome.last_resort is not None:
+        words["last_resort"] = None
     for hop in trace.hops:
-        if hop.code is not None:
-            words[_FLAGS.get(VastCode(hop.code), "failed")] = None
-        if hop.repairs:
-            words["repaired"] = None
+        _add_flags(words, hop)
     for _, report in outcome.reports:
         words[_FLAGS.get(VastCode(report.code), "failed")] = None
+    if any(each.what == "late" for each in trace.choices):
+        words["soft_timeout"] = None
+    if trace.shadowed:
+        words["shadow_breaker_open"] = None
     return tuple(words)
+
+
+def _add_flags(words: dict[str, None], hop: Hop) -> None:
+    if hop.refused:
+        words[_REFUSAL_FLAGS.get(hop.refused, "failed")] = None
+    elif hop.code is not None:
+        words[_FLAGS.get(VastCode(hop.code), "failed")] = None
+    if hop.repairs:
+        words["repaired"] = None
+    if _is_kept(hop):
+        words["cached"] = None
+    elif hop.cache.startswith("stale"):
+        words["stale"] = None

@@ -79,7 +79,12 @@ class Cap:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Caps, and what is claimed under each; those counted at once apart from those shown later."""
+    """
+    Caps, and what is claimed under each.
+
+    Those counted at once are apart from those shown later, and those for some upstreams from those
+    for others: so what two upstreams have in common can be told, and shared.
+    """
 
     caps: tuple[Cap, ...]
     claims: tuple[Claim, ...]
@@ -89,7 +94,9 @@ class Claimed:
 
 def claimed(pairs: Iterable[tuple[Cap, str]], now: int) -> list[Claimed]:
     """
-    Put caps and their subjects into as few holds as may be: one for each time of counting.
+    Put caps and their subjects into as few holds as may be.
+
+    That is one for each time of counting, and for each set of upstreams that caps cover.
 
     Of caps that share a counter one counts: the strictest; of those alike, the first.
     """
@@ -99,10 +106,10 @@ def claimed(pairs: Iterable[tuple[Cap, str]], now: int) -> list[Claimed]:
         there = found.get(claim.key)
         if there is None or _stricter(claim, there[1]):
             found[claim.key] = (cap, claim)
-    groups: dict[When, list[tuple[Cap, Claim]]] = {}
+    groups: dict[tuple[When, frozenset[str] | None], list[tuple[Cap, Claim]]] = {}
     for cap, claim in found.values():
-        groups.setdefault(cap.count_at, []).append((cap, claim))
-    return [_together(when, group) for when, group in groups.items()]
+        groups.setdefault((cap.count_at, cap.upstreams), []).append((cap, claim))
+    return [_together(when, group) for (when, _), group in groups.items()]
 
 
 def _together(when: When, group: Sequence[tuple[Cap, Claim]]) -> Claimed:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from vastproxy.errors import StateAwayError
 from vastproxy.flow.admission import Terms
 from vastproxy.flow.budgets import Budget
+from vastproxy.flow.failures import errors_key
 from vastproxy.session.seals import ViewerNames
 from vastproxy.session.viewer_cookies import described
 from vastproxy.state.base import Account, Level, StateBackend, units
@@ -54,6 +55,7 @@ class Overview:
 
     async def _told(self, budget: Budget) -> dict[str, Any]:
         [level] = await _soon(lambda: self.state.levels(budget.account, [budget.claim(0)]))
+        errors = await _soon(lambda: self.state.get_count(errors_key(budget.campaign)))
         rest = max(0, budget.limit - level.counted - level.reserved)
         return {
             "campaign": budget.campaign,
@@ -64,6 +66,7 @@ class Overview:
             "limit": _number(units(budget.limit)),
             "remaining": _number(units(rest)),
             "percentage": round(100 * level.counted / budget.limit, 4) if budget.limit else 100.0,
+            "errors": errors,
             "routes": [path for path, each in self.terms if _pays(each.budget, budget)],
         }
 

@@ -10,7 +10,9 @@ from vastproxy.config.template import Template
 from vastproxy.config.units import Source
 from vastproxy.flow.admission import Terms
 from vastproxy.model import AdRequest
+from vastproxy.upstream.sources import found
 from vastproxy.upstream.upstream import VastUpstream, lookup
+from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import Policy
 
 _REST = "/{rest}"
@@ -39,16 +41,25 @@ class Route:
     macros: tuple[tuple[str, Template], ...] = ()
     terms: Terms = field(default_factory=Terms)
     """What its ads have to keep to."""
+    fallback: bytes | None = None
+    """What is answered where nobody has an ad: a document of its own; None: an empty one."""
     cookie_ttl: float = field(init=False, default=0.0)
     """Seconds that viewers' cookies are kept; 0: no upstream wants them kept."""
     counts: bool = field(init=False, default=False)
     """Whether anything of its requests is kept in the state."""
+    soft_timeouts: tuple[float | None, ...] = field(init=False, default=())
+    """Of its upstreams: seconds after which the next one is asked, too."""
 
     def __post_init__(self) -> None:
         kept = [each.settings for each in self.upstreams if each.settings.cookies == "viewer"]
         ttl = max((each.cookie_ttl for each in kept), default=0.0)
         object.__setattr__(self, "cookie_ttl", ttl)
         object.__setattr__(self, "counts", bool(self.terms or ttl))
+        soft = tuple([each.soft_timeout for each in self.upstreams])
+        object.__setattr__(self, "soft_timeouts", soft)
+        if self.fallback is not None:
+            # Now rather than when nobody else has an ad. Raises VastError.
+            parse(self.fallback)
 
 
 class Router:
@@ -83,29 +94,9 @@ class Router:
         return f"<Router {[*self._exact, *(route.path for _, route in self._open)]}>"
 
 
-def found(source: Source, request: AdRequest) -> str:
-    """Give what *source* names in *request*; empty for nothing."""
-    if source.kind == "query":
-        return request.query.get(source.name, "")
-    if source.kind == "header":
-        return request.header(source.name)
-    return cookies(request.header("cookie"), (source.name,)).get(source.name, "")
-
-
 def viewer_of(route: Route, request: AdRequest) -> str:
     """Give the viewer's id: what the first of the route's sources has. Empty: nobody known."""
     return next((value for each in route.viewer if (value := found(each, request))), "")
-
-
-def cookies(header: str, names: Iterable[str]) -> Mapping[str, str]:
-    """Give those of *names* that a ``Cookie`` *header* has; the first of each (RFC 6265, 5.4)."""
-    wanted = set(names)
-    values: dict[str, str] = {}
-    for part in header.split(";"):
-        name, equals, value = part.strip().partition("=")
-        if equals and name in wanted:
-            values.setdefault(name, value)
-    return values
 
 
 def forwarded(route: Route, raw: str, taken: frozenset[str]) -> str:

@@ -19,7 +19,7 @@ from vastproxy.flow.beacons import SUFFIX
 from vastproxy.model import AdRequest, AdResponse, Device, Query, clean
 
 ALLOWED = "GET, HEAD, OPTIONS"
-EXPOSED = "X-Request-Id, Server-Timing"
+EXPOSED = "X-Request-Id, Server-Timing, Cache-Status"
 PREFLIGHT_SECONDS = "86400"
 CONTENT_TYPE = "application/xml; charset=utf-8"
 
@@ -148,6 +148,8 @@ def answered(request: web.BaseRequest, response: AdResponse, seconds: float) -> 
     headers["X-Request-Id"] = response.request_id
     steps = [*response.timings, ("total", seconds * 1000)]
     headers["Server-Timing"] = ", ".join([f"{name};dur={took:.1f}" for name, took in steps])
+    if response.cache_status:
+        headers["Cache-Status"] = ", ".join(response.cache_status)
     return web.Response(body=response.body, headers=headers)
 
 

@@ -115,6 +115,7 @@ class Player:
         self.in_flight += 1
         try:
             if self.in_flight > self._settings.max_in_flight:
+                self._metrics.overloaded()
                 response = AdResponse(empty(), new_request_id(), flags=("no_ad", "overload"))
             else:
                 asked = self._read(request, route, rest, received)
@@ -137,7 +138,7 @@ class Player:
             ads=response.ads,
             hops=response.hops,
             flags=response.flags,
-            **({"refused": response.refused} if response.refused else {}),
+            **_further(response),
             status=200,
             bytes=len(response.body),
             ms=round(took * 1000, 1),
@@ -159,6 +160,17 @@ class Player:
 
     def __repr__(self) -> str:
         return f"<Player in flight: {self.in_flight}>"
+
+
+def _further(response: AdResponse) -> dict[str, tuple[str, ...]]:
+    """Give the fields of the access line that most requests do not have."""
+    fields = {
+        "refused": response.refused,
+        "waterfall": response.waterfall,
+        "breaker": response.breaker,
+        "cache": response.cache,
+    }
+    return {name: told for name, told in fields.items() if told}
 
 
 def _outcome(response: AdResponse) -> Outcome:
