@@ -30,6 +30,7 @@ from vastproxy.flow.overview import Overview
 from vastproxy.flow.reporter import ErrorReporter
 from vastproxy.flow.routing import Route, Router
 from vastproxy.flow.terms import terms
+from vastproxy.guarding import Instances, Protecting, shares, unconfigured
 from vastproxy.observe.metrics import RequestMetrics
 from vastproxy.observe.tasks import Tasks
 from vastproxy.session.cookies import public_suffix_test
@@ -41,7 +42,7 @@ from vastproxy.state.journal import Journal
 from vastproxy.state.opening import backend_of
 from vastproxy.upstream.client import AiohttpClient, HopClient
 from vastproxy.upstream.egress import EgressPolicy, own_addresses
-from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.upstream.upstream import Protection, UpstreamSettings, VastUpstream
 from vastproxy.vast.macros import spelling
 from vastproxy.vast.unwrap import Policy
 from vastproxy.web.server import Player, PlayerSettings
@@ -86,9 +87,13 @@ def egress_policy(config: Config) -> EgressPolicy:
 
 
 def upstream(
-    name: str, config: UpstreamConfig, client: HopClient, now: Callable[[], float] = time.time
+    name: str,
+    config: UpstreamConfig,
+    client: HopClient,
+    protection: Protection | None = None,
+    now: Callable[[], float] = time.time,
 ) -> VastUpstream:
-    """Make the upstream called *name*."""
+    """Make the upstream called *name*; without *protection* nothing stands around its calls."""
     settings = UpstreamSettings(
         name=name,
         endpoint=config.endpoint,
@@ -96,6 +101,7 @@ def upstream(
         params=tuple(config.params.items()),
         headers=tuple(config.headers.items()),
         timeout=config.timeout,
+        soft_timeout=config.soft_timeout,
         max_body=config.max_body,
         cookies=config.cookies,
         cookie_ttl=config.cookie_ttl,
@@ -105,7 +111,7 @@ def upstream(
         timestamp=config.macros.timestamp,
         spelling=spelling(config.macros.spellings, tuple(config.macros.aliases.items())),
     )
-    return VastUpstream(settings, client, now)
+    return VastUpstream(settings, client, now, protection)
 
 
 def route(
@@ -132,6 +138,7 @@ def route(
         fill_macros=config.fill_macros,
         macros=tuple(config.macros.items()),
         terms=terms(config, beacon_ttl),
+        fallback=config.fallback,
     )
 
 
@@ -143,9 +150,11 @@ class Keeping:
     secrets: tuple[str, ...]
     metrics: RequestMetrics
     leases: Leases
+    guards: Protecting
+    """What stands around the calls of upstreams, and what they answered before."""
 
     def __repr__(self) -> str:
-        return f"<Keeping {self.state!r}>"
+        return f"<Keeping {self.state!r}, {self.guards!r}>"
 
 
 @asynccontextmanager
@@ -181,8 +190,27 @@ async def keeping(config: Config) -> AsyncIterator[Keeping]:
             lambda there: metrics.state_up(up=there), metrics.state_error, metrics.journal_pending
         ),
     )
-    async with guarded, Leases(guarded) as leases:
-        yield Keeping(guarded, secrets or (new_secret(),), metrics, leases)
+    async with (
+        guarded,
+        Leases(guarded) as leases,
+        instances(config) as others,
+        Tasks("upstreams") as tasks,
+    ):
+        guards = Protecting(public_suffix_test(), metrics, tasks.spawn, others)
+        yield Keeping(guarded, secrets or (new_secret(),), metrics, leases, guards)
+        await tasks.wait_idle(FLUSH_TIMEOUT)
+
+
+@asynccontextmanager
+async def instances(config: Config) -> AsyncIterator[Instances | None]:
+    """Open what is shared with other instances, where *config* wants anything to be."""
+    if not shares(config):
+        yield None
+        return
+    from vastproxy.upstream.sharing import RedisExtras  # noqa: PLC0415 - takes 0.1 s
+
+    async with RedisExtras(config.state.url, timeout=config.state_timeout) as extras:
+        yield extras
 
 
 @asynccontextmanager
@@ -197,7 +225,11 @@ async def proxy(config: Config, kept: Keeping | None = None) -> AsyncIterator[Pr
         shared = await stack.enter_async_context(own)
         client = await stack.enter_async_context(AiohttpClient(egress_policy(config)))
         tasks = await stack.enter_async_context(Tasks("reports"))
-        upstreams = {name: upstream(name, each, client) for name, each in config.upstreams.items()}
+        shared.guards.use(config)
+        upstreams = {
+            name: upstream(name, each, client, shared.guards.of(name))
+            for name, each in config.upstreams.items()
+        }
         routes = [route(each, upstreams, config.server.beacon_ttl) for each in config.routes]
         accounts = accounting(config, shared)
         reporter = ErrorReporter(client, tasks)
@@ -254,6 +286,7 @@ async def offline_server(
 ) -> AsyncIterator[tuple[AdServer, VastUpstream]]:
     """Open what is needed to resolve single tags: one upstream, no listener, no config."""
     policy = EgressPolicy(allow=allow, own_addresses=own_addresses())
+    protection = unconfigured(settings.name, public_suffix_test())
     async with AiohttpClient(policy) as client, Tasks("reports") as tasks:
         ads = AdServer(SessionFactory(), ErrorReporter(client, tasks))
-        yield ads, VastUpstream(settings, client, time.time)
+        yield ads, VastUpstream(settings, client, time.time, protection)

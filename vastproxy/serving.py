@@ -31,6 +31,7 @@ from vastproxy.session.seals import new_secret
 from vastproxy.web.admin import admin_app
 from vastproxy.web.api import add_api
 from vastproxy.web.listeners import listening
+from vastproxy.web.upstreams_api import Guarding, OwnUpstreams, add_upstreams
 
 COLLECTOR = (20_000, 20, 50)
 """Objects, and rounds, between looks of the garbage collector; Python's are 700, 10 and 10."""
@@ -91,13 +92,16 @@ class Serving:
     """
     Hands players' requests to the proxy of the newest config.
 
-    *opened* opens a proxy for a config. The connections of players outlive it.
+    *opened* opens a proxy for a config. The connections of players outlive it, and *guards* too.
     """
 
     proxy: Proxy
     """What answers now."""
 
-    def __init__(self, opened: Callable[[Config], AbstractAsyncContextManager[Proxy]]) -> None:
+    def __init__(
+        self, opened: Callable[[Config], AbstractAsyncContextManager[Proxy]], guards: Guarding
+    ) -> None:
+        self.guards = guards
         self._opened = opened
         self._retiring = Tasks("replaced proxies")
         self._stack = AsyncExitStack()
@@ -183,11 +187,12 @@ async def serving(
     log = structlog.get_logger("vastproxy")
     async with AsyncExitStack() as stack:
         kept = await stack.enter_async_context(keeping(config))
-        now = Serving(lambda config: proxy(config, kept))
+        now = Serving(lambda config: proxy(config, kept), kept.guards)
         running = await stack.enter_async_context(now.open(config))
         if server.admin and not sockets:
             app = admin_app(lambda: now.proxy.ready, metrics=kept.metrics.text)
             add_api(app, lambda: overview(now.proxy.config, kept.state.backend, kept.secrets))
+            add_upstreams(app, OwnUpstreams(kept.guards))
             admin = web.AppRunner(app, access_log=None)
             places = await stack.enter_async_context(listening(admin, server.admin))
             log.info("admin.listening", at=places)

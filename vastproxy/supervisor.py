@@ -8,11 +8,15 @@ Rule 3: a worker ends when its supervisor is gone, however it went.
 Rule 4: a worker is a new interpreter, never a fork of this one: that has threads and a loop.
 Rule 5: a worker that is signalled by itself finishes what it has begun, and is replaced.
 
-A worker is told what to do over a socket pair, in frames: four bytes of length, then a pickle.
-It answers with words, each on a line.
+A worker is told what to do over a socket pair, in frames: four bytes of length, then a pickle. The
+first is its job; of the others a config is to be served, and a mapping is a question. It says
+words, each on a line, and answers: a line with the question's number and a length, and so much
+JSON. Questions are made of plain values, and what is not understood is passed over: a worker that
+was started after an upgrade of the program may be newer than its supervisor.
 """
 
 import asyncio
+import json
 import os
 import pickle
 import shutil
@@ -23,7 +27,7 @@ import sys
 import tempfile
 from asyncio import StreamReader, StreamWriter
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -54,6 +58,8 @@ from vastproxy.serving import (
 from vastproxy.web.admin import admin_app
 from vastproxy.web.api import add_api
 from vastproxy.web.listeners import BACKLOG, listening, name_of, remove_stale_socket
+from vastproxy.web.pictures import Picture, all_merged, merged
+from vastproxy.web.upstreams_api import Guarding, Turn, add_upstreams
 
 FIRST_PAUSE: Final = 0.1
 """Seconds before the first new start of a worker; they double with each that does not last."""
@@ -65,14 +71,21 @@ HOLD: Final = 0.5
 """Seconds of a pause up to which connections wait for the next worker."""
 MARGIN: Final = 5.0
 """Seconds that a worker may take beyond its time-outs before it is killed."""
+PATIENCE: Final = 1.0
+"""Seconds that a worker has for an answer."""
+MOST_UNANSWERED: Final = 32
+"""Questions without an answer after which a worker is asked no more: it is stopped, or stuck."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 READY: Final = b"ready\n"
 DRAINING: Final = b"draining\n"
+ANSWER: Final = b"answer "
 _LENGTH: Final = struct.Struct("!I")
 
 Bound = tuple[socket.AddressFamily, Any]
 """A family of addresses, and an address as that family has it."""
+Question = Mapping[str, object]
+"""What a worker is asked: ``ask`` says what, and ``number`` which question it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +267,11 @@ class Worker:
     draining: bool = False
     told: bool = False
     """Whether it was told to stop."""
+    asked: int = field(default=0, repr=False)
+    answered: int = field(default=0, repr=False)
+    """The number of the last question that was asked, and of the last that was answered."""
+    waiting: dict[int, asyncio.Future[Any]] = field(default_factory=dict, repr=False)
+    """Those who wait for an answer, by its number."""
 
     @property
     def ready(self) -> bool:
@@ -268,17 +286,49 @@ class Worker:
     async def wait_leaving(self) -> bool:
         """Wait until it drains, or has ended; and tell whether it drains."""
         self.draining = await self._word() == DRAINING
+        for each in self.waiting.values():
+            each.cancel()
         return self.draining
 
     async def _word(self) -> bytes:
-        """Read its next word; nothing if it has ended, also with orders that it had not read."""
-        with suppress(ConnectionError):
-            return await self.reader.readline()
+        """
+        Read its next word, and the answers before that.
+
+        Nothing if it has ended, also with orders that it had not read, or if it talks nonsense.
+        """
+        with suppress(ConnectionError, asyncio.IncompleteReadError, ValueError):
+            while line := await self.reader.readline():
+                if line in {READY, DRAINING}:
+                    return line
+                if line.startswith(ANSWER):
+                    await self._take_answer(line.removeprefix(ANSWER))
         return b""
 
-    def order(self, config: Config) -> None:
-        """Let it serve *config* from now on."""
-        self.writer.write(framed(config))
+    async def _take_answer(self, head: bytes) -> None:
+        number, length = map(int, head.split())
+        body = await self.reader.readexactly(length)
+        self.answered = max(self.answered, number)
+        if (waiting := self.waiting.get(number)) is not None and not waiting.done():
+            waiting.set_result(json.loads(body))
+
+    def order(self, content: Config | Question) -> None:
+        """Let it serve a config from now on, or be asked what it need not answer."""
+        self.writer.write(framed(content))
+
+    async def ask(self, question: Question, seconds: float = PATIENCE) -> Picture | None:
+        """Give its answer to *question*; None if it leaves, or none comes within *seconds*."""
+        if self.asked - self.answered >= MOST_UNANSWERED:
+            return None
+        self.asked += 1
+        number = self.asked
+        answer: asyncio.Future[Picture] = asyncio.get_running_loop().create_future()
+        self.waiting[number] = answer
+        self.order({**question, "number": number})
+        try:
+            await asyncio.wait((answer,), timeout=seconds)
+        finally:
+            del self.waiting[number]
+        return answer.result() if answer.done() and not answer.cancelled() else None
 
     def stop(self, *, hurry: bool = False) -> None:
         """Let it finish what it has begun, and end; or, in a *hurry*, end."""
@@ -299,6 +349,82 @@ class Worker:
         return code
 
 
+class AllUpstreams:
+    """
+    What all workers know of upstreams, as one.
+
+    *ready* gives the workers to ask, which have *patience* seconds to answer. A breaker that was
+    opened by hand is open in workers that start later too, until it is turned again, or the config
+    has another in its place.
+    """
+
+    def __init__(self, ready: Callable[[], Sequence[Worker]], patience: float = PATIENCE) -> None:
+        self._ready = ready
+        self._patience = patience
+        self._held: dict[str, str] = {}
+
+    async def told(self) -> Picture:
+        """Say how upstreams and hosts are, and which workers did not answer."""
+        answers, silent = await self._ask({"ask": "upstreams"})
+        told = {number: each["value"] for number, each in answers.items() if "value" in each}
+        return {
+            "upstreams": all_merged(told, "upstreams"),
+            "hosts": all_merged(told, "hosts"),
+            "unanswered": sorted({*silent, *(answers.keys() - told.keys())}),
+        }
+
+    async def turn(self, name: str, to: Turn, reason: str) -> Picture | None:
+        """Turn the breaker of the upstream called *name* in all workers."""
+        # Before anybody is asked: a worker that gets ready meanwhile must not miss it.
+        self._held.pop(name, None)
+        if to == "open":
+            self._held[name] = reason
+        found: dict[int, Picture] = {}
+        try:
+            answers, silent = await self._ask(_turning(name, to, reason))
+            found = {n: each["value"] for n, each in answers.items() if each.get("value")}
+        finally:
+            if not found:
+                self._held.pop(name, None)
+        if found:
+            return {**merged(found), "unanswered": silent}
+        if problems := [each["problem"] for each in answers.values() if "problem" in each]:
+            raise ValueError(problems[0])
+        return None
+
+    async def _ask(self, question: Question) -> tuple[dict[int, Picture], list[int]]:
+        """Give the answers of workers by their numbers, and the numbers of those that gave none."""
+        workers = self._ready()
+        async with asyncio.TaskGroup() as group:
+            asked = {
+                each.number: group.create_task(each.ask(question, self._patience))
+                for each in workers
+            }
+        found = {number: each.result() for number, each in asked.items()}
+        answers = {number: each for number, each in found.items() if each is not None}
+        if not answers:
+            problem = f"none of {len(workers)} workers answered within {self._patience:g} s"
+            raise TimeoutError(problem if workers else "no worker is ready")
+        return answers, [number for number in found if number not in answers]
+
+    def tell(self, worker: Worker) -> None:
+        """Let *worker*, which is new, know what was opened by hand."""
+        for name, reason in self._held.items():
+            worker.order({**_turning(name, "open", reason), "number": 0})
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let those upstreams that are called by one of *names* begin anew."""
+        for each in names:
+            self._held.pop(each, None)
+
+    def __repr__(self) -> str:
+        return f"<AllUpstreams, opened by hand: {sorted(self._held)}>"
+
+
+def _turning(name: str, to: Turn, reason: str) -> Question:
+    return {"ask": "turn", "name": name, "to": to, "reason": reason}
+
+
 class Supervisor:
     """
     Starts workers for *config* on *queues*, and starts them again.
@@ -311,6 +437,7 @@ class Supervisor:
         self._queues = queues
         self._directory = directory
         self._workers: set[Worker] = set()
+        self._upstreams = AllUpstreams(self._serving)
         self._ending = Ending()
         self._hangup = asyncio.Event()
         self._starting = asyncio.Lock()
@@ -330,6 +457,7 @@ class Supervisor:
                     lambda: bool(self._ready()), metrics=self._metrics, workers=self._counts
                 )
                 add_api(app, lambda: overview(self._config, state, secrets_of(self._config)))
+                add_upstreams(app, self._upstreams)
                 admin = web.AppRunner(app, access_log=None)
                 places = await stack.enter_async_context(
                     listening(admin, self._config.server.admin)
@@ -347,7 +475,11 @@ class Supervisor:
     def _ready(self) -> int:
         if self._ending.asked.is_set():
             return 0
-        return sum(each.ready for each in self._workers)
+        return len(self._serving())
+
+    def _serving(self) -> list[Worker]:
+        found = (each for each in self._workers if each.ready)
+        return sorted(found, key=lambda each: each.number)
 
     def _counts(self) -> dict[str, int]:
         return {"wanted": self._config.server.workers, "ready": self._ready()}
@@ -362,6 +494,7 @@ class Supervisor:
             new = await reloaded(reread, self._config)
             if new is None:
                 continue
+            self._upstreams.forget(rebuilt(self._config, new))
             self._config = new
             for each in self._workers:
                 each.order(new)
@@ -388,6 +521,7 @@ class Supervisor:
         if worker is None:
             return 0.0
         if await worker.wait_ready():
+            self._upstreams.tell(worker)
             self._log.info("worker.ready", worker=number, pid=worker.process.pid)
         if await worker.wait_leaving():
             group.create_task(self._see_off(worker), name=f"worker {number} drains")
@@ -500,7 +634,18 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def framed(content: Job | Config) -> bytes:
+def rebuilt(old: Config, new: Config) -> list[str]:
+    """Name the upstreams of *old* whose breaker is none of *new*'s: what was known of it is not."""
+    return [name for name in old.upstreams if _watched(old, name) != _watched(new, name)]
+
+
+def _watched(config: Config, name: str) -> object:
+    """Give what makes a breaker another one; None where there is no such upstream."""
+    found = config.upstreams.get(name)
+    return found and (found.endpoint, found.circuit_breaker)
+
+
+def framed(content: Job | Config | Question) -> bytes:
     """Write *content* as a frame."""
     body = pickle.dumps(content)
     return _LENGTH.pack(len(body)) + body
@@ -557,25 +702,54 @@ async def _work(job: Job, channel: socket.socket) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=channel)
     async with serving(job.config, ending, sockets=sockets) as now, asyncio.TaskGroup() as group:
         calm_collector()
-        orders = group.create_task(_obey(reader, now, ending), name="orders")
+        orders = group.create_task(_obey((reader, writer), now, ending), name="orders")
         writer.write(READY)
         await ending.asked.wait()
         writer.write(DRAINING)
         orders.cancel()
 
 
-async def _obey(reader: StreamReader, now: Serving, ending: Ending) -> None:
+async def _obey(channel: tuple[StreamReader, StreamWriter], now: Serving, ending: Ending) -> None:
     """Serve each config that comes; without a supervisor, finish what was begun and end."""
-    with suppress(asyncio.IncompleteReadError, ConnectionError):
-        while True:
-            (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-            config = _read(await reader.readexactly(length))
-            await swap(now, config)
+    reader, writer = channel
+    async with Tasks("answers") as answers:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+                match _read(await reader.readexactly(length)):
+                    case Config() as config:
+                        await swap(now, config)
+                    case {"number": int(number)} as question:
+                        # A mistake in an answer must not end the worker.
+                        answers.spawn(_answer(writer, number, now.guards, question), "answer")
     if not ending.asked.is_set():
         structlog.get_logger("vastproxy").error("supervisor.gone")
         # It would have done so. Files that are open go on as if they were there.
         shutil.rmtree(os.environ[DIRECTORY], ignore_errors=True)
         ending.ask()
+
+
+async def _answer(writer: StreamWriter, number: int, guards: Guarding, question: Question) -> None:
+    body = json.dumps(answer(guards, question)).encode()
+    writer.write(b"%s%d %d\n%s" % (ANSWER, number, len(body), body))
+
+
+def answer(guards: Guarding, question: Question) -> Picture:
+    """Give what *guards* say to *question* as a ``value``, or a ``problem``."""
+    match question:
+        case {"ask": "upstreams"}:
+            return {"value": guards.told()}
+        case {
+            "ask": "turn",
+            "name": str(name),
+            "to": "open" | "closed" | "reset" as to,
+            "reason": str(reason),
+        }:
+            try:
+                return {"value": guards.turn(name, to, reason)}
+            except ValueError as error:
+                return {"problem": str(error)}
+    return {"problem": "this worker does not know what it is asked"}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Operators are told budgets and viewers as JSON; what they ask wrongly gets a reason."""
+"""Operators are told budgets, viewers and upstreams as JSON; a wrong question gets a reason."""
 
 from typing import Any
 
 import pytest
 
 from tests.functional.conftest import (
+    HOSTS,
     SECRET,
     StartProxy,
     States,
@@ -16,8 +17,9 @@ from tests.functional.conftest import (
     wait_for,
 )
 from tests.support.ad_server import AdServer, Reply
+from tests.support.documents import a_wrapper
 from tests.support.player import Player
-from tests.support.proxy import Proxy, a_config, ask
+from tests.support.proxy import Answer, Proxy, a_config, ask
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,7 @@ async def test_budgets(proxy: Proxy) -> None:
         "remaining": 0.1,
         "percentage": 33.3333,
         "routes": ["/spring"],
+        "errors": 0,
     }
 
     assert ["application/json; charset=utf-8"] == told.values("Content-Type")
@@ -241,3 +244,167 @@ async def test_several_workers(ads: AdServer, states: States, start_proxy: Start
     assert {"forgotten": True} == forgotten
     assert [] == viewer(proxy, "v")["caps"]
     assert 404 == ask(proxy.admin, "/api/budgets/nobody's").status
+
+
+# --- Upstreams ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(ads: AdServer, start_proxy: StartProxy) -> Proxy:
+    """Run a proxy of two upstreams, of which the second has no breaker."""
+    upstreams = {
+        "main": {"endpoint": ads.url("/ad"), "circuit_breaker": {"fail_max": 3}},
+        "house": {"endpoint": ads.url("/house"), "circuit_breaker": {"mode": "off"}},
+    }
+    routes = [
+        {"path": "/one", "upstreams": ["main"]},
+        {"path": "/two", "upstreams": ["main", "house"]},
+    ]
+    ads.replies["/house"] = Reply(a_document(an_ad("house")))
+    return start_proxy(a_config(upstreams, routes, server={"secret": [SECRET]}))
+
+
+def breaker(proxy: Proxy, name: str = "main") -> dict[str, Any]:
+    """Give what operators are told about the breaker of an upstream."""
+    told: dict[str, Any] = ask(proxy.admin, f"/api/upstreams/{name}").json()["breaker"]
+    return told
+
+
+def turn(proxy: Proxy, name: str, state: str) -> Answer:
+    """Turn a breaker."""
+    return ask(proxy.admin, f"/api/upstreams/{name}/breaker?state={state}", method="POST")
+
+
+async def shown(proxy: Proxy, path: str) -> list[str]:
+    """Ask for ads, and give their names."""
+    async with Player(proxy.base) as player:
+        return (await player.ask(path)).ads
+
+
+async def test_upstreams(guarded: Proxy, ads: AdServer) -> None:
+    """Upstreams are told as they stand in the configuration, with what they were asked."""
+    found = await shown(guarded, "/two")
+    told = ask(guarded.admin, "/api/upstreams").json()
+    main, house = told["upstreams"]
+
+    assert ["main"] == found
+    assert [("main", ads.url("/ad")), ("house", ads.url("/house"))] == [
+        (each["name"], each["endpoint"]) for each in told["upstreams"]
+    ]
+    assert ("closed", None) == (main["breaker"]["state"], house["breaker"])
+    assert (1, 1, 0) == (main["calls"]["ok"], main["latency_ms"]["calls"], main["in_flight"])
+    assert (0, None, []) == (house["calls"]["ok"], house["latency_ms"], told["hosts"])
+    assert house == ask(guarded.admin, "/api/upstreams/house").json()
+
+
+async def test_upstream_that_fails(guarded: Proxy, ads: AdServer) -> None:
+    """An upstream that fails is told as such, to people and to Prometheus; others serve on."""
+    ads.replies["/ad"] = Reply(status=500)
+    found = [await shown(guarded, "/two") for _ in range(5)]
+    told = ask(guarded.admin, "/api/upstreams/main").json()
+
+    assert [["house"]] * 5 == found
+    assert ("open", False) == tuple(told["breaker"][each] for each in ("state", "held"))
+    assert "3 failures in a row" in told["breaker"]["reason"]
+    assert 0 < told["breaker"]["retry_in_seconds"] < 70
+    assert (3, 2) == (told["calls"]["failed"], told["calls"]["breaker"])
+    assert 3 == len(ads.seen("/ad"))
+    assert [3, 2, 3, 1, 1] == [
+        metric(guarded, f"vastproxy_{name}", upstream="main", **labels)
+        for name, labels in (
+            ("upstream_calls_total", {"result": "failed"}),
+            ("upstream_calls_total", {"result": "breaker"}),
+            ("upstream_seconds_count", {}),
+            ("breaker_open", {}),
+            ("breaker_changes_total", {"to": "open"}),
+        )
+    ]
+
+
+async def test_host_that_fails(guarded: Proxy, ads: AdServer) -> None:
+    """
+    Where a wrapper leads to a host that fails, the host is told, and not who sent the wrapper;
+    hosts without trouble are told to who asks for all.
+    """
+    bad, good = (ads.url("/hop", address=each) for each in HOSTS[1:])
+    ads.replies["/ad"] = Reply(a_wrapper(bad))
+    ads.replies["/house"] = Reply(a_wrapper(good))
+    ads.replies["/hop"] = lambda asked: (
+        Reply(status=503) if asked.address == HOSTS[1] else Reply(a_document(an_ad("hop")))
+    )
+    found = [await shown(guarded, "/two") for _ in range(6)]
+    told = ask(guarded.admin, "/api/upstreams").json()
+    every = ask(guarded.admin, "/api/upstreams?all=1").json()
+    metrics = [
+        metric(guarded, f"vastproxy_{name}", upstream="(hops)")
+        for name in ("breaker_open", "upstream_seconds_count")
+    ]
+
+    assert [["hop"]] * 6 == found
+    assert [(f"{HOSTS[1]}:{ads.port}", "open", 5, 1)] == [
+        (each["name"], each["breaker"]["state"], each["calls"]["failed"], each["calls"]["breaker"])
+        for each in told["hosts"]
+    ]
+    assert {f"{each}:{ads.port}" for each in HOSTS[1:]} == {each["name"] for each in every["hosts"]}
+    assert "closed" == breaker(guarded)["state"]
+    assert [1, 11] == metrics
+
+
+async def test_breaker_by_hand(guarded: Proxy, ads: AdServer) -> None:
+    """An operator opens a breaker, and nobody is asked until it is closed again."""
+    opened = turn(guarded, "main", "open")
+    without = await shown(guarded, "/one"), await shown(guarded, "/two")
+    asked = len(ads.seen("/ad"))
+    closed = turn(guarded, "main", "closed")
+
+    assert ("open", True, "by hand") == tuple(
+        opened.json()["breaker"][each] for each in ("state", "held", "reason")
+    )
+    assert (([], ["house"]), 0) == (without, asked)
+    assert ("closed", False) == tuple(closed.json()["breaker"][each] for each in ("state", "held"))
+    assert ["main"] == await shown(guarded, "/one")
+    assert ["open", "closed"] == [
+        each["state"] for each in guarded.records(event="breaker.by_hand", upstream="main")
+    ]
+
+
+def test_wrong_turns(guarded: Proxy) -> None:
+    """What cannot be turned says why."""
+    found = [
+        turn(guarded, *each) for each in (("main", "ajar"), ("third", "open"), ("house", "open"))
+    ]
+
+    assert [400, 404, 409] == [each.status for each in found]
+    assert "(there are: main, house)" in found[1].json()["error"]
+    assert "closed" == breaker(guarded)["state"]
+
+
+async def test_breaker_outlives_a_reload(guarded: Proxy, ads: AdServer) -> None:
+    """
+    A breaker stays open over a reload that changes nothing of its upstream, whether it failed or
+    was opened by hand; an upstream with another breaker begins anew.
+    """
+    ads.replies["/ad"] = Reply(status=500)
+    for _ in range(3):
+        await shown(guarded, "/one")
+    before = breaker(guarded)
+    third = {"path": "/third", "upstreams": ["main"]}
+    guarded.reload({"routes": [third]})
+    guarded.wait_record(event="reloaded", routes=["/third"])
+    after = breaker(guarded)
+    ads.replies["/ad"] = Reply(a_document(an_ad("main")))
+    found = await shown(guarded, "/third")
+    turn(guarded, "main", "open")
+    guarded.reload({"routes": [{"path": "/fourth", "upstreams": ["main"]}]})
+    guarded.wait_record(event="reloaded", routes=["/fourth"])
+    held = breaker(guarded)["held"]
+    patient = {"endpoint": ads.url("/ad"), "circuit_breaker": {"fail_max": 9}, "session_params": []}
+    guarded.reload({"upstreams": {"main": patient}, "routes": [third]})
+    wait_for(lambda: 3 == len(guarded.records(event="reloaded")))
+
+    assert ("open", before["reason"]) == (after["state"], after["reason"])
+    assert before["since_seconds"] <= after["since_seconds"]
+    assert ([], True) == (found, held)
+    assert "closed" == breaker(guarded)["state"]
+    assert ["main"] == await shown(guarded, "/third")
+    assert 0 == metric(guarded, "vastproxy_breaker_open", upstream="main")

@@ -136,9 +136,9 @@ class Traffic:
 
 
 @contextmanager
-def traffic(proxy: Proxy, players: int = 6) -> Iterator[Traffic]:
-    """Let *players* ask *proxy* while the block runs, and have them gone behind it."""
-    found = Traffic(proxy.base)
+def traffic(proxy: Proxy, players: int = 6, path: str = "/first") -> Iterator[Traffic]:
+    """Let *players* ask *proxy* for *path* while the block runs, and have them gone behind it."""
+    found = Traffic(proxy.base, path)
     threads = [threading.Thread(target=found.play) for _ in range(players)]
     for each in threads:
         each.start()
@@ -245,6 +245,72 @@ def test_reload_of_what_needs_a_restart(shared: Proxy) -> None:
     assert ["server.admin", "server.workers"] == told["settings"]
     assert HTTPStatus.OK == shared.get("/third").status
     assert 2 == ready(shared)
+
+
+def breaker_of(proxy: Proxy, state: str = "") -> dict[str, Any]:
+    """Turn the breaker of all workers, or only look at it; and give what operators are told."""
+    path = "/api/upstreams/main" + (f"/breaker?state={state}" if state else "")
+    told: dict[str, Any] = ask(proxy.admin, path, method="POST" if state else "GET").json()
+    return told
+
+
+def test_breaker_of_all_workers(ad_server: AdServer, tmp_path: Path) -> None:
+    """
+    A breaker that is opened by hand is open in every worker, in one that starts later too, and
+    over a reload; operators are told all of them as one, and it is closed in all of them.
+    """
+    with running_proxy(a_shared_config(ad_server, tmp_path), tmp_path) as proxy:
+        wait_for(lambda: 2 == ready(proxy))
+        calm = ask(proxy.admin, "/api/upstreams").json()
+        opened = breaker_of(proxy, "open")
+        before = workers(proxy)
+        os.kill(before[1], signal.SIGKILL)
+        proxy.wait_record(event="worker.ended", pid=before[1])
+        wait_for(lambda: 2 == ready(proxy))
+        replaced = breaker_of(proxy)
+        proxy.reload({"routes": [a_route("/second")]})
+        wait_for(lambda: 2 == len(proxy.records(event="reloaded")))
+        asked = len(ad_server.seen("/ad"))
+        with traffic(proxy, path="/second") as found:
+            wait_for(lambda: len(found.statuses) > 40)
+        refused = breaker_of(proxy)
+        closed = breaker_of(proxy, "closed")
+        open_ones = metric(proxy, "vastproxy_breaker_open")
+
+    assert (["main"], [], []) == (
+        [each["name"] for each in calm["upstreams"]],
+        calm["hosts"],
+        calm["unanswered"],
+    )
+    assert [{"open": 2}] * 2 == [each["breaker"]["states"] for each in (opened, replaced)]
+    assert [1, 2] == [each["worker"] for each in replaced["workers"]]
+    assert asked == len(ad_server.seen("/ad"))
+    assert len(found.statuses) == refused["calls"]["breaker"]
+    assert refused["calls"]["breaker"] == sum(
+        each["calls"]["breaker"] for each in refused["workers"]
+    )
+    assert ({"closed": 2}, 0) == (closed["breaker"]["states"], open_ones)
+
+
+def test_stopped_worker_is_named(ad_server: AdServer, tmp_path: Path) -> None:
+    """A worker that hangs does not keep operators waiting: the others are told, and it is named."""
+    with running_proxy(a_shared_config(ad_server, tmp_path), tmp_path) as proxy:
+        wait_for(lambda: 2 == ready(proxy))
+        pid = workers(proxy)[2]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            told = ask(proxy.admin, "/api/upstreams").json()
+            took = time.monotonic() - began
+            opened = breaker_of(proxy, "open")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: {"open": 2} == breaker_of(proxy)["breaker"].get("states"))
+        after = ask(proxy.admin, "/api/upstreams").json()
+
+    assert ([2], [2], []) == (told["unanswered"], opened["unanswered"], after["unanswered"])
+    assert [1] == [each["worker"] for each in told["upstreams"][0]["workers"]]
+    assert 1 <= took < 5
 
 
 def test_stop_under_traffic(ad_server: AdServer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from timeit import repeat
 
@@ -21,6 +22,11 @@ metrics = RequestMetrics()
 metrics.answered("/ad", "ad", 2, 0.25)
 metrics.state_up(up=sys.argv[2] == "up")
 metrics.journal_pending(3)
+metrics.upstream_called("main", "ok", 0.2)
+metrics.upstream_called("main", "breaker", None)
+metrics.breaker_changed("main", "closed", "open")
+metrics.breaker_changed("(hops)", "closed", "open")
+metrics.breaker_changed("(hops)", "closed", "open")
 """
 
 
@@ -87,6 +93,82 @@ def test_caps_beacons_and_state() -> None:
         found[f"vastproxy_{each}",]
         for each in ("state_errors_total", "state_up", "journal_pending")
     )
+
+
+def test_calls_of_ad_servers() -> None:
+    """Calls are counted by upstream and result; only those that were made take time."""
+    metrics = RequestMetrics()
+    for seconds in (0.02, 0.2):
+        metrics.upstream_called("main", "ok", seconds)
+    metrics.upstream_called("main", "failed", 1.0)
+    metrics.upstream_called("(hops)", "neutral", 0.3)
+    for refusal in ("breaker", "rate_limit", "busy", "busy"):
+        metrics.upstream_called("main", refusal, None)
+    metrics.retried("main")
+    found = samples(metrics.text())
+
+    assert [2, 1, 0, 1, 1, 2] == [
+        found["vastproxy_upstream_calls_total", each, "main"]
+        for each in ("ok", "failed", "neutral", "breaker", "rate_limit", "busy")
+    ]
+    assert 1 == found["vastproxy_upstream_calls_total", "neutral", "(hops)"]
+    assert (3, 1) == tuple(
+        found["vastproxy_upstream_seconds_count", each] for each in ("main", "(hops)")
+    )
+    assert 1.22 == pytest.approx(found["vastproxy_upstream_seconds_sum", "main"])
+    assert 1 == found["vastproxy_upstream_retries_total", "main"]
+
+
+def test_breakers() -> None:
+    """
+    A breaker counts as open until it is closed again, whatever it was between; of hops, all that
+    are open count together.
+    """
+    metrics = RequestMetrics()
+    metrics.upstream_called("main", "ok", 0.1)
+    way = ("closed", "open", "half-open", "open", "half-open", "closed")
+    gauges = [samples(metrics.text())["vastproxy_breaker_open", "main"]]
+    for old, new in pairwise(way):
+        metrics.breaker_changed("main", old, new)
+        gauges.append(samples(metrics.text())["vastproxy_breaker_open", "main"])
+    for _ in range(3):
+        metrics.breaker_changed("(hops)", "closed", "open")
+    metrics.breaker_changed("(hops)", "open", "closed")
+    found = samples(metrics.text())
+
+    assert [0, 1, 1, 1, 1, 0] == gauges
+    assert 2 == found["vastproxy_breaker_open", "(hops)"]
+    assert [2, 2, 1] == [
+        found["vastproxy_breaker_changes_total", each, "main"]
+        for each in ("open", "half-open", "closed")
+    ]
+
+
+def test_cache_and_overload() -> None:
+    """What caches said is counted by upstream, and what was too much by its reason."""
+    metrics = RequestMetrics()
+    for word in ("hit", "hit", "stale"):
+        metrics.cached("house", word)
+    before = samples(metrics.text())
+    metrics.overloaded()
+    found = samples(metrics.text())
+
+    assert (2, 1) == tuple(
+        found["vastproxy_cache_total", each, "house"] for each in ("hit", "stale")
+    )
+    assert (0, 1) == tuple(
+        each["vastproxy_requests_refused_total", "overload"] for each in (before, found)
+    )
+
+
+def test_calls_are_no_requests() -> None:
+    """Calls of ad servers change nothing in the library's numbers of requests."""
+    metrics = RequestMetrics()
+    metrics.upstream_called("main", "failed", 0.1)
+    metrics.breaker_changed("main", "closed", "open")
+    metrics.overloaded()
+
+    assert RequestMetrics().get_stats() == metrics.get_stats()
 
 
 def test_state_is_there_until_it_is_not() -> None:
@@ -157,7 +239,8 @@ def count_in_process(directory: Path, number: int, state: str) -> None:
 def test_processes_are_summed(tmp_path: Path) -> None:
     """
     Counts of processes add up, also of dead ones, whose place a new one takes in the same files;
-    the state is as bad as it is for the worst; gauges of the dead are forgotten.
+    the state is as bad as it is for the worst, and a breaker is open in so many processes; gauges
+    of the dead are forgotten.
     """
     count_in_process(tmp_path, 1, "up")
     count_in_process(tmp_path, 2, "down")
@@ -171,8 +254,14 @@ def test_processes_are_summed(tmp_path: Path) -> None:
     assert 2 == both["vastproxy_request_seconds_bucket", "+Inf"]
     assert 4 == both["vastproxy_ads_total", "/ad"]
     assert (0, 6) == (both["vastproxy_state_up",], both["vastproxy_journal_pending",])
+    assert (2, 4) == tuple(both["vastproxy_breaker_open", each] for each in ("main", "(hops)"))
+    assert (2, 0.4) == tuple(
+        both[f"vastproxy_upstream_seconds_{each}", "main"] for each in ("count", "sum")
+    )
     assert 3 == later["vastproxy_requests_total", "ad", "/ad"]
     assert (1, 3) == (later["vastproxy_state_up",], later["vastproxy_journal_pending",])
+    assert (1, 2) == tuple(later["vastproxy_breaker_open", each] for each in ("main", "(hops)"))
+    assert 3 == later["vastproxy_upstream_calls_total", "breaker", "main"]
     assert files == sorted(each.name for each in tmp_path.iterdir())
 
 
@@ -182,3 +271,11 @@ def test_cost_of_a_request() -> None:
     best = min(repeat(lambda: metrics.answered("/a", "ad", 1, 0.1), number=2000, repeat=5)) / 2000
 
     assert 30e-6 > best
+
+
+def test_cost_of_a_call() -> None:
+    """Counting a call of an ad server takes a microsecond or a few."""
+    metrics = RequestMetrics()
+    best = min(repeat(lambda: metrics.upstream_called("a", "ok", 0.1), number=2000, repeat=5))
+
+    assert 30e-6 > best / 2000

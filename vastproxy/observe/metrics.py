@@ -11,6 +11,7 @@ In several processes prometheus-client writes every value to a file of shared me
 :class:`RequestMetrics` per process: two would write over each other.
 """
 
+from collections import Counter as Counts
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -22,6 +23,8 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 Outcome = Literal["ad", "no_ad", "error"]
 """``error``: a mistake in the proxy; the player got an empty VAST."""
 BeaconResult = Literal["counted", "late", "again", "forged", "deferred"]
+CallResult = Literal["ok", "failed", "neutral", "breaker", "rate_limit", "busy"]
+"""What came of a call of an ad server; the last three: the proxy did not make it."""
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0)
 """Bounds of the histogram: prometheus-client's, and more around deadlines, which are 1 to 3 s."""
@@ -45,9 +48,17 @@ class _OfRoute:
     ads: Callable[[float], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _OfUpstream:
+    """The counters of one upstream, which need not be looked up again."""
+
+    calls: dict[str, Callable[[], None]]
+    seconds: Callable[[float], None]
+
+
 class RequestMetrics:
     """
-    Counts ad requests, ads, caps, beacons and the health of the state.
+    Counts ad requests, ads, caps, beacons, calls of ad servers and the health of the state.
 
     *registry* is where the metrics are found; None makes one.
     """
@@ -57,13 +68,12 @@ class RequestMetrics:
         self._total = self._failed = self._capped_requests = 0
         self._latency = 0.0
         self._routes: dict[str, _OfRoute] = {}
+        self._upstreams: dict[str, _OfUpstream] = {}
+        self._not_closed: Counts[str] = Counts()
         self._children: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._requests = self._counter("requests", "Ad requests.", "route", "outcome")
-        self._seconds = Histogram(
-            "vastproxy_request_seconds",
-            "Seconds from an ad request to its answer.",
-            buckets=SECONDS,
-            registry=self.registry,
+        self._seconds = self._histogram(
+            "request_seconds", "Seconds from an ad request to its answer."
         )
         self._ads = self._counter("ads", "Ads in answers.", "route")
         self._capped = self._counter(
@@ -78,12 +88,36 @@ class RequestMetrics:
             "journal_pending", "Confirmations that wait for the state backend.", "livesum"
         )
         self._state_up.set(1)
+        self._overload = self._counter(
+            "requests_refused", "Ad requests answered empty at once.", "reason"
+        ).labels("overload")
+        self._make_upstream_metrics()
+
+    def _make_upstream_metrics(self) -> None:
+        self._calls = self._counter("upstream_calls", "Calls of ad servers.", "upstream", "result")
+        self._call_seconds = self._histogram(
+            "upstream_seconds", "Seconds that calls of ad servers took.", "upstream"
+        )
+        self._retries = self._counter("upstream_retries", "Calls that went out again.", "upstream")
+        self._cache = self._counter("cache", "What caches were asked.", "upstream", "result")
+        self._changes = self._counter("breaker_changes", "Breakers' new states.", "upstream", "to")
+        # A sum: in how many processes that of an upstream is not closed, and how many of hops.
+        self._open = self._gauge(
+            "breaker_open", "Breakers that are not closed.", "livesum", "upstream"
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"vastproxy_{name}_total", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str, mode: Literal["livemin", "livesum"]) -> Gauge:
-        return Gauge(f"vastproxy_{name}", text, multiprocess_mode=mode, registry=self.registry)
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"vastproxy_{name}", text, labels, buckets=SECONDS, registry=self.registry)
+
+    def _gauge(
+        self, name: str, text: str, mode: Literal["livemin", "livesum"], *labels: str
+    ) -> Gauge:
+        return Gauge(
+            f"vastproxy_{name}", text, labels, multiprocess_mode=mode, registry=self.registry
+        )
 
     # --- What the proxy tells -------------------------------------------------------------------
 
@@ -125,6 +159,53 @@ class RequestMetrics:
     def journal_pending(self, number: int) -> None:
         """Say how many confirmations wait."""
         self._journal.set(number)
+
+    def overloaded(self) -> None:
+        """Count an ad request for which there were too many under way."""
+        self._overload.inc()
+
+    def upstream_called(self, upstream: str, result: CallResult, seconds: float | None) -> None:
+        """
+        Count a call of *upstream*, a name of the configuration, or one word for all else.
+
+        *seconds* is what it took; None: the proxy did not make it.
+        """
+        known = self._upstreams.get(upstream) or self._upstream(upstream)
+        known.calls[result]()
+        if seconds is not None:
+            known.seconds(seconds)
+
+    def _upstream(self, name: str) -> _OfUpstream:
+        results: tuple[CallResult, ...] = (
+            *("ok", "failed", "neutral"),
+            *("breaker", "rate_limit", "busy"),
+        )
+        calls: dict[str, Callable[[], None]] = {
+            each: self._calls.labels(name, each).inc for each in results
+        }
+        # An alert needs the gauge before the first breaker opens: it is there from now on.
+        self._open.labels(name).set(self._not_closed[name])
+        seconds = self._call_seconds.labels(name).observe
+        return self._upstreams.setdefault(name, _OfUpstream(calls, seconds))
+
+    def retried(self, upstream: str) -> None:
+        """Count a call of *upstream* that went out again."""
+        self._child(self._retries, upstream).inc()
+
+    def breaker_changed(self, upstream: str, old: str, new: str) -> None:
+        """
+        Count a breaker of *upstream* that went from the state *old* to *new*.
+
+        One that is half-open still refuses all calls but its probes, so it counts among the open.
+        """
+        self._child(self._changes, upstream, new).inc()
+        self._not_closed[upstream] += (new != "closed") - (old != "closed")
+        # Set, not changed: in the file of a process before this one there may be a number.
+        self._open.labels(upstream).set(self._not_closed[upstream])
+
+    def cached(self, upstream: str, word: str) -> None:
+        """Count what the cache of *upstream* said: a word of RFC 9211, such as ``hit``."""
+        self._child(self._cache, upstream, word).inc()
 
     def _child(self, counter: Counter, *labels: str) -> Counter:
         key = counter, labels
