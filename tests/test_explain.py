@@ -7,14 +7,20 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from tests.support.ad_server import AdServer, Reply, in_thread
 from tests.support.documents import a_wrapper, an_inline
+from tests.support.proxy import a_config
+from vastproxy.config.load import loads
 from vastproxy.explain import (
     Question,
+    RouteQuestion,
+    answered,
     as_json,
     print_answer,
+    print_answers,
     printable,
     resolved,
     trees,
@@ -261,3 +267,100 @@ async def test_limits_of_the_question(server: AdServer) -> None:
     assert "(302)" in why_not(few)
     assert "(301)" in why_not(slow)
     assert "(300)" in why_not(private)
+
+
+# --- By a route of a configuration --------------------------------------------------------------
+
+
+def a_question(
+    server: AdServer, target: str = "/ad", times: int = 1, **route: Any
+) -> RouteQuestion:
+    """Ask a route whose upstreams are at ``/main`` and ``/house``."""
+    upstreams: dict[str, Any] = {
+        "main": {
+            "endpoint": server.url("/main"),
+            "params": {"slot": "{query.slot}", "agent": "{header.User-Agent}"},
+            "circuit_breaker": {"fail_max": 2},
+        },
+        "house": server.url("/house"),
+    }
+    routes = [{"path": "/ad", "upstreams": ["main", "house"], **route}]
+    config = loads(
+        yaml.safe_dump(a_config(upstreams, routes), sort_keys=False),
+        source="config.yaml",
+        environ={},
+    )
+    return RouteQuestion(config, target, (("User-Agent", "TV"),), times)
+
+
+async def test_route_is_asked_as_by_a_player(server: AdServer) -> None:
+    """The route's upstreams are asked with the query and the headers that a player would send."""
+    server.replies |= {"/main": an_inline(ad="first")}
+    [answer] = await answered(a_question(server, "/ad?slot=pre"))
+
+    assert b'id="first"' in answer.body
+    assert ["slot=pre&agent=TV"] == [each.query for each in server.seen("/main")]
+    assert "TV" == server.seen("/main")[0].header("User-Agent")
+    assert "waterfall" not in drawn(answer)
+
+
+async def test_breaker_is_seen_at_work(server: AdServer) -> None:
+    """Asked several times in a row, breakers are as the requests before have left them."""
+    server.replies |= {"/main": Reply(status=500), "/house": an_inline(ad="second")}
+    first, second, third = await answered(a_question(server, times=3))
+    lines = [line.strip("└─├│ ") for line in drawn(third).splitlines()]
+
+    assert 2 == len(server.seen("/main"))
+    assert () == first.changes
+    assert ["open"] == [each.new for each in second.changes]
+    assert any(
+        line.startswith("breaker main closed->open: ") for line in drawn(second).splitlines()
+    )
+    assert "waterfall" in lines
+    assert any("  main: breaker (" in line for line in lines)
+    assert any(line.endswith("  house: ad") for line in lines)
+    told = json.loads(json.dumps(as_json(third)))
+    assert ["breaker", "ad"] == [each["what"] for each in told["waterfall"]]
+    assert ([], [], 1) == (told["breakers"], told["shadowed"], told["ads"])
+
+
+async def test_nothing_is_counted(server: AdServer) -> None:
+    """Caps are not asked: whoever debugs sees the ad however often it is asked for."""
+    server.replies |= {"/main": an_inline()}
+    cap = {"limit": 1, "window": "1h", "kind": "rolling", "by": "viewer"}
+    question = a_question(server, "/ad?uid=me", 3, viewer=["query:uid"], frequency_caps=[cap])
+
+    assert [1, 1, 1] == [each.outcome.ads for each in await answered(question)]
+
+
+async def test_document_that_is_passed_through(server: AdServer) -> None:
+    """Of a route that passes documents through it is said that it did."""
+    server.replies |= {"/main": a_wrapper("http://gone.example/")}
+    [answer] = await answered(a_question(server, mode="passthrough"))
+
+    assert "the document is passed through, with 1 ads" in drawn(answer)
+    assert b"<Wrapper>" in answer.body
+    assert 1 == as_json(answer)["ads"]
+
+
+async def test_path_of_no_route(server: AdServer) -> None:
+    """A path that no route has is told, with those that there are."""
+    with pytest.raises(ValueError, match=r"no route has the path /x \(there are: /ad\)"):
+        await answered(a_question(server, "/x?a=1"))
+
+
+@pytest.mark.parametrize("style", ["tree", "json", "vast"])
+async def test_several_answers_are_printed(
+    server: AdServer, capsysbinary: pytest.CaptureFixture[bytes], style: str
+) -> None:
+    """Several answers are told apart for people, and are a list for programs."""
+    server.replies |= {"/main": an_inline(ad="first")}
+    answers = await answered(a_question(server, times=2))
+    capsysbinary.readouterr()  # the log, which nobody has set up here
+    print_answers(answers, style)
+    text = capsysbinary.readouterr().out.decode()
+
+    assert 2 == text.count("InLine first" if style == "tree" else "<InLine>")
+    assert ("--- 2 of 2 ---" in text) == (style == "tree")
+    if style == "json":
+        assert [1, 1] == [each["ads"] for each in json.loads(text)]

@@ -136,8 +136,42 @@ def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
         raise click.BadParameter(str(error)) from None
 
 
+def _headers(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    pairs = [each.partition(":") for each in values]
+    for name, colon, _rest in pairs:
+        if not (colon and name.strip()):
+            raise click.BadParameter(f"{name!r} is no header (write 'Name: value')")
+    return tuple((name.strip(), value.strip()) for name, _colon, value in pairs)
+
+
 @main.command()
-@click.argument("source", metavar="URL|FILE|-")
+@click.argument("source", metavar="URL|FILE|-|PATH")
+@click.option(
+    "-c",
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Ask a route of this configuration: then give its path and a query, as a player would. "
+    "Nothing is counted: caps and budgets are not asked, and the state is left alone.",
+)
+@click.option(
+    "-H",
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'NAME: VALUE'",
+    callback=_headers,
+    help="With -c: a header of the player. May be repeated.",
+)
+@click.option(
+    "--times",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="With -c: how often to ask, one after the other, so that breakers and caches are seen.",
+)
 @click.option(
     "--egress-allow",
     "allow",
@@ -168,20 +202,53 @@ def _duration(_: click.Context, __: click.Parameter, value: str) -> float:
     type=click.Choice(["vast", "tree", "json"]),
     help="The resolved document, the tree of hops for people, or both for programs.",
 )
-def resolve(source: str, allow: tuple[Any, ...], max_hops: int, timeout: float, style: str) -> None:
+@click.pass_context
+def resolve(context: click.Context, /, source: str, path: Path | None, **options: Any) -> None:  # noqa: ANN401 - click's
     """
     Resolve one tag without a server, and say what happened.
 
     Nothing is told to <Error> URIs: who debugs a tag must not raise its publisher's error counts.
     """
-    from vastproxy.explain import Question, print_answer, resolved  # noqa: PLC0415
+    from vastproxy.explain import Question, print_answers, resolved  # noqa: PLC0415
     from vastproxy.observe import log  # noqa: PLC0415
 
+    of_route = ("headers", "times")
+    _refuse_others(context, ("allow", "max_hops", "timeout") if path else of_route, path)
     log.configure("error", "console")
-    question = Question(source, _document(source), allow, max_hops, timeout)
+    if path is not None:
+        _resolve_route(_loaded(path), source, options)
+        return
+    question = Question(
+        source, _document(source), options["allow"], options["max_hops"], options["timeout"]
+    )
 
     async def answer() -> None:
-        print_answer(await resolved(question), style)
+        print_answers([await resolved(question)], options["style"])
+
+    _run(answer())
+
+
+def _refuse_others(context: click.Context, names: tuple[str, ...], path: Path | None) -> None:
+    """Refuse options that mean nothing, as there is a configuration at *path*, or none."""
+    for each in context.command.params:
+        given = context.get_parameter_source(each.name or "")
+        if each.name in names and given is click.core.ParameterSource.COMMANDLINE:
+            why = f"is for {path} to say" if path else "is for routes (write -c config.yaml, too)"
+            raise click.UsageError(f"{each.opts[-1]} {why}")
+
+
+def _resolve_route(config: Config, target: str, options: dict[str, Any]) -> None:
+    """Ask a route of *config* for *target*."""
+    from vastproxy.explain import RouteQuestion, answered, print_answers  # noqa: PLC0415
+
+    question = RouteQuestion(config, target, options["headers"], options["times"])
+
+    async def answer() -> None:
+        try:
+            found = await answered(question)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
+        print_answers(found, options["style"])
 
     _run(answer())
 

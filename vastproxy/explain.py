@@ -1,13 +1,15 @@
 """
 Resolve one tag without a server, and say what happened: ``vastproxy resolve``.
 
-The same classes as in the proxy do the work; only the answer is told differently.
+The same classes as in the proxy do the work; only the answer is told differently. With a
+configuration one of its routes is asked, by its upstreams with their breakers and caches; what is
+counted for viewers and campaigns is left alone, and so is the state that the proxy shares.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +17,15 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from vastproxy.app import offline_server
+from vastproxy.app import offline_server, proxy
+from vastproxy.config.schema import Config
 from vastproxy.config.template import Template
-from vastproxy.config.units import Network
+from vastproxy.config.units import Network, StateUrl
 from vastproxy.flow.ad_server import Explained
+from vastproxy.flow.answer import is_told
 from vastproxy.flow.routing import Route
-from vastproxy.model import AdRequest, Device
-from vastproxy.observe.trace import AdFact, Exchange, Hop
+from vastproxy.model import AdRequest, Device, FrozenMapping, Query
+from vastproxy.observe.trace import AdFact, Choice, Exchange, Hop
 from vastproxy.upstream.headers import PROXY_USER_AGENT
 from vastproxy.upstream.upstream import UpstreamSettings
 from vastproxy.vast.merge import MergeNote
@@ -43,6 +47,49 @@ class Question:
     max_hops: int = 5
     timeout: float = 10.0
     """Seconds for the whole chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteQuestion:
+    """What a player would ask of a route."""
+
+    config: Config
+    target: str
+    """Path and query."""
+    headers: tuple[tuple[str, str], ...] = ()
+    times: int = 1
+    """How often it is asked, one after the other."""
+
+
+async def answered(question: RouteQuestion) -> list[Explained]:
+    """
+    Answer *question*, as often as it wants. Raises ValueError where no route has the path.
+
+    Each answer finds the breakers and caches as the ones before have left them.
+    """
+    path, _, query = question.target.partition("?")
+    headers = FrozenMapping({name.lower(): value for name, value in question.headers})
+    async with proxy(_alone(question.config)) as made:
+        match = made.router.find(path)
+        if match is None:
+            paths = ", ".join(each.path for each in question.config.routes)
+            raise ValueError(f"no route has the path {path} (there are: {paths})")
+        route, rest = match
+        request = AdRequest(route.path, rest, Query(query), headers, _device(headers))
+        return [await made.ads.explain(route, request) for _ in range(question.times)]
+
+
+def _alone(config: Config) -> Config:
+    """Give *config* with a state that nobody shares."""
+    return config.model_copy(update={"state": StateUrl.parse("memory://"), "journal": None})
+
+
+def _device(headers: FrozenMapping) -> Device:
+    return Device(
+        user_agent=headers.get("user-agent", PROXY_USER_AGENT),
+        referer=headers.get("referer", ""),
+        accept_language=headers.get("accept-language", ""),
+    )
 
 
 async def resolved(question: Question) -> Explained:
@@ -67,6 +114,17 @@ async def resolved(question: Question) -> Explained:
         return await ads.explain(route, request, question.document)
 
 
+def print_answers(answers: Sequence[Explained], style: str) -> None:
+    """Print *answers* on standard output, as *style* (vast, tree or json) says."""
+    if style == "json" and len(answers) > 1:
+        print(json.dumps([as_json(each) for each in answers], indent=2))  # noqa: T201 - output
+        return
+    for number, each in enumerate(answers, start=1):
+        if style == "tree" and len(answers) > 1:
+            print(f"--- {number} of {len(answers)} ---")  # noqa: T201 - output
+        print_answer(each, style)
+
+
 def print_answer(answer: Explained, style: str) -> None:
     """Print *answer* on standard output, as *style* (vast, tree or json) says."""
     if style == "tree":
@@ -79,7 +137,7 @@ def print_answer(answer: Explained, style: str) -> None:
         return
     sys.stdout.buffer.write(answer.body + b"\n")
     sys.stdout.buffer.flush()
-    if answer.outcome.unwrapped is None:
+    if not answer.outcome.ads:
         print(f"no ad: {printable(why_not(answer))} (--format tree tells more)", file=sys.stderr)  # noqa: T201
 
 
@@ -87,13 +145,20 @@ def why_not(answer: Explained) -> str:
     """Say in a line why there is no ad."""
     reasons = [f"{each.reason} ({each.code})" for _, each in answer.outcome.reports]
     reasons += [f"{hop.problem} ({hop.code})" for hop in answer.hops if hop.code and not reasons]
+    reasons = reasons or [
+        f"{each.upstream}: {each.detail}" for each in answer.choices if each.detail
+    ]
     return "; ".join(dict.fromkeys(reasons)) or "the ad server has none"
 
 
 def as_json(answer: Explained) -> dict[str, Any]:
     """Give *answer* as values that JSON knows."""
     return {
-        "ads": len(answer.outcome.unwrapped.ads) if answer.outcome.unwrapped else 0,
+        "ads": answer.outcome.ads,
+        "last_resort": answer.outcome.last_resort is not None,
+        "waterfall": [asdict(each) for each in answer.choices],
+        "breakers": [asdict(each) for each in answer.changes],
+        "shadowed": list(answer.shadowed),
         "hops": [asdict(each) for each in answer.hops],
         "merged": [[_note_json(note) for note in notes] for notes in answer.outcome.notes],
         "reports": [asdict(each) for _, each in answer.outcome.reports],
@@ -114,7 +179,7 @@ def _note_json(note: MergeNote) -> dict[str, Any]:
 
 
 def trees(answer: Explained) -> Iterable[Tree | Text]:
-    """Draw the hops of *answer*, what was merged, and what was reported."""
+    """Draw the hops of *answer*, the waterfall, what was merged, and what was reported."""
     below: dict[int | None, list[Hop]] = {}
     for hop in answer.hops:
         below.setdefault(hop.parent, []).append(hop)
@@ -122,9 +187,32 @@ def trees(answer: Explained) -> Iterable[Tree | Text]:
         root = Tree(hop_text(hop))
         _grow(root, hop, below)
         yield root
+    yield from _steps(answer)
     yield Text()
-    unwrapped = answer.outcome.unwrapped
-    for ad, notes in zip(unwrapped.ads if unwrapped else (), answer.outcome.notes, strict=True):
+    yield from _ads(answer)
+    for _, report in answer.outcome.reports:
+        yield report_text(report)
+
+
+def _steps(answer: Explained) -> Iterable[Tree | Text]:
+    """Draw what became of the upstreams, and of their breakers."""
+    if is_told(answer.choices):
+        tree = Tree(Text("waterfall", "bold"))
+        for each in answer.choices:
+            tree.add(choice_text(each))
+        yield tree
+    for change in answer.changes:
+        yield Text(printable(f"breaker {change}"), "yellow")
+    for told in answer.shadowed:
+        yield Text(printable(f"a breaker that only watches would have refused {told}"), "yellow")
+
+
+def _ads(answer: Explained) -> Iterable[Tree | Text]:
+    """Draw the ads that are answered, and what each wrapper gave to them."""
+    outcome = answer.outcome
+    for ad, notes in zip(
+        outcome.unwrapped.ads if outcome.unwrapped else (), outcome.notes, strict=True
+    ):
         place = f", {ad.sequence} in the pod" if ad.sequence else ""
         tree = Tree(
             Text(printable(f"ad {ad.inline.id or '-'} ({ad.inline.system or '-'}{place})"), "bold")
@@ -132,10 +220,12 @@ def trees(answer: Explained) -> Iterable[Tree | Text]:
         for note in notes:
             tree.add(note_text(note))
         yield tree
-    if unwrapped is None:
+    if outcome.passed is not None:
+        yield Text(f"the document is passed through, with {outcome.ads} ads", "bold")
+    if outcome.last_resort is not None:
+        yield Text("nobody has an ad: the route's fallback is answered", "bold")
+    if not outcome.ads:
         yield Text(printable(f"no ad: {why_not(answer)}"), "bold red")
-    for _, report in answer.outcome.reports:
-        yield report_text(report)
 
 
 def _grow(tree: Tree, hop: Hop, below: dict[int | None, list[Hop]]) -> None:
@@ -147,6 +237,8 @@ def _grow(tree: Tree, hop: Hop, below: dict[int | None, list[Hop]]) -> None:
         tree.add(Text(f"repaired: {repair}", "yellow"))
     if hop.code is not None:
         tree.add(Text(printable(f"{hop.code}: {hop.problem}"), "bold red"))
+    elif hop.problem:
+        tree.add(Text(printable(hop.problem), "yellow"))
     for each in below.get(hop.number, []):
         _grow(tree.add(hop_text(each)), each, below)
 
@@ -158,7 +250,14 @@ def hop_text(hop: Hop) -> Text:
         (printable(hop.url), "cyan"),
         f"  {hop.milliseconds:.0f} ms",
         f"  VAST {hop.version}" if hop.version else "",
+        printable(f"  cache: {hop.cache}") if hop.cache else "",
     )
+
+
+def choice_text(choice: Choice) -> Text:
+    """Tell what became of an upstream, when, and why."""
+    text = f"{choice.milliseconds:.0f} ms  {choice.upstream}: {choice.what}"
+    return Text(printable(f"{text} ({choice.detail})" if choice.detail else text))
 
 
 def exchange_text(exchange: Exchange) -> Text:

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.ad_server import EMPTY_VAST, AdServer, Reply
 from tests.support.documents import a_wrapper, an_inline
-from tests.support.proxy import run_vastproxy
+from tests.support.proxy import a_config, run_vastproxy
 from tests.support.vast_facts import read
 
 ALLOW = ("--egress-allow", "127.0.0.0/8")
@@ -163,6 +164,12 @@ def test_json(ads: AdServer) -> None:
         ("http://127.0.0.1/", "--egress-allow", "everything"),
         ("http://127.0.0.1/", "--max-hops", "-1"),
         ("http://127.0.0.1/", "--format", "pdf"),
+        ("http://127.0.0.1/", "--times", "2"),
+        ("http://127.0.0.1/", "-H", "X-Viewer: me"),
+        ("/ad", "-c", "config.yaml", "--timeout", "1s"),
+        ("/ad", "-c", "config.yaml", "-H", "nonsense"),
+        ("/no/such/route", "-c", "config.yaml"),
+        ("/ad", "-c", "no/such/config.yaml"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...]) -> None:
@@ -171,7 +178,7 @@ def test_mistakes(arguments: tuple[str, ...]) -> None:
 
     assert done.returncode in {1, 2}
     assert b"" == done.stdout
-    assert re.search(rb"Error", done.stderr)
+    assert re.search(rb"[Ee]rror", done.stderr)
     assert b"Traceback" not in done.stderr
 
 
@@ -182,3 +189,37 @@ def test_broken_document(document: bytes) -> None:
 
     assert [] == read(done.stdout)
     assert b"no ad" in done.stderr
+
+
+def a_route(ads: AdServer, tmp_path: Path) -> str:
+    """Write a configuration whose first upstream fails, and give its path."""
+    ads.replies |= {"/main": Reply(status=500), "/house": an_inline(ad="house")}
+    upstreams = {
+        "main": {"endpoint": ads.url("/main"), "circuit_breaker": {"fail_max": 2}},
+        "house": {"endpoint": ads.url("/house"), "params": {"who": "{viewer}"}},
+    }
+    route = {"path": "/ad", "upstreams": ["main", "house"], "viewer": ["header:X-Viewer"]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(a_config(upstreams, [route])))
+    return str(path)
+
+
+def test_route(ads: AdServer, tmp_path: Path) -> None:
+    """With a configuration its routes are asked, with a player's query and headers."""
+    arguments = ("-c", a_route(ads, tmp_path), "/ad?slot=pre", "-H", "X-Viewer: me")
+    done = run_vastproxy("resolve", *arguments)
+
+    assert (0, b"") == (done.returncode, done.stderr)
+    assert ["house"] == [ad.id for ad in read(done.stdout)]
+    assert ["who=me&slot=pre"] == [each.query for each in ads.seen("/house")]
+
+
+def test_route_asked_several_times(ads: AdServer, tmp_path: Path) -> None:
+    """Asked several times the tree shows when the breaker opens, and what that changes."""
+    arguments = ("-c", a_route(ads, tmp_path), "/ad", "--times", "3", "--format", "tree")
+    text = run_vastproxy("resolve", *arguments).stdout.decode()
+    parts = text.split("--- ")
+
+    assert 2 == len(ads.seen("/main"))
+    assert "breaker main closed->open" in parts[2]
+    assert re.search(r"ms  main: breaker \(.+\)\n.*ms  house: ad", parts[3])
