@@ -37,7 +37,7 @@ _WRITTEN_FLAGS = re.compile(r'words\["(\w+)"\]|_FLAGS\.get\([^)]*\), "(\w+)"|fla
 
 def flags() -> list[str]:
     """Collect the words of the access log: the table's, and those written beside it."""
-    found = set(answer._FLAGS.values())
+    found = {*answer._FLAGS.values(), *answer._REFUSAL_FLAGS.values()}
     for module in (answer, server):
         text = Path(str(module.__file__)).read_text(encoding="utf-8")
         for match in _WRITTEN_FLAGS.finditer(text):
