@@ -257,10 +257,17 @@ def ad_ids(answer: Answer) -> tuple[str, ...]:
 def mined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     """Give a proxy in front of an ad server that holds every bomb."""
     with Trap("127.0.0.2") as trap, in_thread(AdServer()) as server:
+        # One server holds all the bombs: after a few of them a breaker would let none through.
+        no_breaker = {"circuit_breaker": {"mode": "off"}}
         config = {
-            "egress": {"allow": ["127.0.0.1/32"]},
+            "egress": {"allow": ["127.0.0.1/32"], **no_breaker},
             "upstreams": {
-                "bombs": {"endpoint": server.url("/{rest}"), "session_params": [], "timeout": "2s"}
+                "bombs": {
+                    "endpoint": server.url("/{rest}"),
+                    "session_params": [],
+                    "timeout": "2s",
+                    **no_breaker,
+                }
             },
             "routes": [{"path": "/{rest}", "upstreams": ["bombs"], "deadline": "2500ms"}],
         }

@@ -2,7 +2,8 @@
 Every fault of :mod:`tests.support.hostile`, at the entry, in the middle and at the end of a chain.
 
 All chains run at the beginning, a batch at a time, through one proxy; the tests then judge what
-came of each.
+came of each. One address stands for many ad servers here, so this proxy has no breakers; a second
+one, with those that there are by default, has to keep the same promises to its players.
 """
 
 import asyncio
@@ -21,8 +22,10 @@ import aiohttp
 import pytest
 from lxml import etree
 
+from tests.chaos.watched import EVENT, watched_proxy
 from tests.support.ad_server import AdServer, Reply, in_thread
 from tests.support.hostile import (
+    ALL_FAULTS,
     DRIP,
     ENDLESS,
     EVIL_COOKIE,
@@ -53,6 +56,12 @@ BATCH = 12
 GRACE = 0.3
 """Seconds in which a ping that is sent twice would show."""
 MIB = 1024
+LAG = 0.05
+"""Seconds for which the proxy's loop may be busy with one thing."""
+LOOKED_AT = 10
+"""Times that the proxy's loop must have been looked at, for the result to say something."""
+SPARE_TASKS = 2
+"""What a proxy may be doing for itself when its tasks are counted."""
 UNNOTICED = 0.15
 """Seconds that a viewer may wait for an ad that takes 2 ms, when another ad server misbehaves."""
 BYSTANDER_TRIES = 5
@@ -123,6 +132,10 @@ class Trial:
     """KiB before and after."""
     descriptors: tuple[int, int] = (0, 0)
     """Open files of the proxy before and after."""
+    tasks: tuple[int, int] = (0, 0)
+    """Of the proxy's loop, before and after."""
+    lags: list[float] = field(default_factory=list)
+    """How long the proxy's loop was busy with one thing, at the most, in each fifth of a second."""
     after_late_reply: tuple[Try, ...] = ()
     """Chains without a fault, on connections on which something came that nobody asked for."""
     last: Try | None = None
@@ -137,16 +150,21 @@ def ad_ids(body: bytes) -> tuple[str, ...]:
     return tuple(ad.get("id", "") for ad in etree.fromstring(body).findall("{*}Ad"))
 
 
-def a_config(hostile: HostileServer) -> dict[str, object]:
-    """Give a config with an upstream and a route for each place that a URL can point to."""
+def a_config(hostile: HostileServer, breaker: Mapping[str, object]) -> dict[str, object]:
+    """
+    Give a config with an upstream and a route for each place that a URL can point to.
+
+    *breaker* is added to the upstreams and to what is for hops.
+    """
     names = {place: place.name.lower() for place in Place}
     return {
-        "egress": {"allow": ["127.0.0.1/32"]},
+        "egress": {"allow": ["127.0.0.1/32"], **breaker},
         "upstreams": {
             name: {
                 "endpoint": f"{hostile.base(place)}/{{rest}}",
                 "session_params": [],
                 "timeout": "2s",
+                **breaker,
             }
             for place, name in names.items()
         },
@@ -161,6 +179,9 @@ def a_config(hostile: HostileServer) -> dict[str, object]:
             for mode in ("resolve", "passthrough")
         ],
     }
+
+
+NO_BREAKER: Mapping[str, object] = {"circuit_breaker": {"mode": "off"}}
 
 
 def lay_out(run: Try, hostile: HostileServer, errors: AdServer) -> str:
@@ -247,13 +268,52 @@ def wait_until(condition: Callable[[], bool], within: float = 5.0) -> None:
         time.sleep(0.02)
 
 
+def watched(proxy: Proxy, name: str, since: int = 0) -> list[float]:
+    """Give a figure of all the lines about the loop, from the one at *since*."""
+    return [float(each[name]) for each in proxy.records(event=EVENT)[since:]]
+
+
+def tasks(proxy: Proxy) -> int:
+    """Give the number of tasks of the proxy, as the next line about the loop has it."""
+    known = len(watched(proxy, "tasks"))
+    wait_until(lambda: len(watched(proxy, "tasks")) > known + 1)
+    return int(watched(proxy, "tasks")[-1])
+
+
 @contextlib.asynccontextmanager
-async def the_proxy(config: Mapping[str, object], directory: Path) -> AsyncIterator[Proxy]:
-    """Run the proxy without keeping the loop from the servers that it talks to."""
+async def the_proxy(
+    config: Mapping[str, object], directory: Path, hostile: HostileServer
+) -> AsyncIterator[Proxy]:
+    """
+    Run the proxy without keeping the loop from the servers that it talks to.
+
+    It trusts the authority of *hostile*, so that a certificate is wrong in one way alone.
+    """
+    authority = directory / "authority.pem"
+    hostile.ca.cert_pem.write_to_path(str(authority))
+    environment = {"SSL_CERT_FILE": str(authority)}
     with contextlib.ExitStack() as stack:
-        proxy = await asyncio.to_thread(stack.enter_context, running_proxy(config, directory))
+        proxy = await asyncio.to_thread(
+            stack.enter_context, watched_proxy(config, directory, environment=environment)
+        )
         yield proxy
         await asyncio.to_thread(stack.close)
+
+
+@contextlib.asynccontextmanager
+async def a_runner(
+    directory: Path, hostile: HostileServer, breaker: Mapping[str, object]
+) -> AsyncIterator[Runner]:
+    """Run a proxy in front of *hostile*, and all that its chains need; it is warm."""
+    async with contextlib.AsyncExitStack() as stack:
+        errors = await stack.enter_async_context(AdServer(fallback=Reply()))
+        config = a_config(hostile, breaker)
+        proxy = await stack.enter_async_context(the_proxy(config, directory, hostile))
+        unlimited = aiohttp.TCPConnector(limit=0)
+        player = await stack.enter_async_context(aiohttp.ClientSession(connector=unlimited))
+        runner = Runner(proxy, player, hostile, errors)
+        await asyncio.gather(*(runner.run(Case(FAULTS[0], 1)) for _ in range(BATCH)))
+        yield runner
 
 
 async def try_all(directory: Path) -> Trial:
@@ -262,16 +322,12 @@ async def try_all(directory: Path) -> Trial:
     async with contextlib.AsyncExitStack() as stack:
         trap = stack.enter_context(Trap("127.0.0.2"))
         forbidden = f"http://127.0.0.2:{trap.port}/"
-        errors = await stack.enter_async_context(AdServer(fallback=Reply()))
         hostiles = await stack.enter_async_context(contextlib.AsyncExitStack())
         hostile = await hostiles.enter_async_context(HostileServer(forbidden=forbidden))
-        proxy = await stack.enter_async_context(the_proxy(a_config(hostile), directory))
-        unlimited = aiohttp.TCPConnector(limit=0)
-        player = await stack.enter_async_context(aiohttp.ClientSession(connector=unlimited))
-        runner = Runner(proxy, player, hostile, errors)
-        no_fault = Case(FAULTS[0], 1)
-        await asyncio.gather(*(runner.run(no_fault) for _ in range(BATCH)))
-        before = rss(proxy.pid), descriptors(proxy.pid)
+        runner = await stack.enter_async_context(a_runner(directory, hostile, NO_BREAKER))
+        proxy = runner.proxy
+        before = rss(proxy.pid), descriptors(proxy.pid), await asyncio.to_thread(tasks, proxy)
+        looked_at = len(watched(proxy, "lag"))
 
         trial.tries = await runner.run_all(CASES)
         passed = await runner.run_all([case for case in CASES if case.hop == 1], "passthrough")
@@ -279,7 +335,8 @@ async def try_all(directory: Path) -> Trial:
 
         await runner.collect_pings([run for runs in trial.tries.values() for run in runs])
         trial.after_late_reply = await runner.after_late_reply()
-        trial.last = await runner.run(no_fault)
+        trial.last = await runner.run(Case(FAULTS[0], 1))
+        trial.lags = watched(proxy, "lag", looked_at)
         trial.forbidden_connections = trap.reached
         trial.forged_headers = [each.name for each in hostile.seen if each.header("x-evil")]
         trial.forged_cookies = [
@@ -289,13 +346,26 @@ async def try_all(directory: Path) -> Trial:
         await asyncio.to_thread(wait_until, lambda: descriptors(proxy.pid) <= before[1])
         trial.rss = before[0], rss(proxy.pid)
         trial.descriptors = before[1], descriptors(proxy.pid)
+        trial.tasks = before[2], await asyncio.to_thread(tasks, proxy)
     return trial
+
+
+async def try_guarded(directory: Path) -> dict[Case, list[Try]]:
+    """Run every case against a proxy whose breakers are as they are by default."""
+    async with HostileServer() as hostile, a_runner(directory, hostile, {}) as runner:
+        return await runner.run_all(CASES)
 
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """Give what came of all the chains."""
     return asyncio.run(try_all(tmp_path_factory.mktemp("faults")))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Try]]:
+    """Give what came of all the chains behind breakers."""
+    return asyncio.run(try_guarded(tmp_path_factory.mktemp("guarded")))
 
 
 def test_faults_are_told_apart() -> None:
@@ -356,6 +426,26 @@ def test_passed_on(trial: Trial, fault: Fault) -> None:
     assert () == ad_ids(runs[-1].body) or not fault.fatal
 
 
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_guarded(guarded: dict[Case, list[Try]], fault: Fault) -> None:
+    """Behind breakers a fault harms players as little: VAST, status 200, in time, no other ad."""
+    for case in (each for each in CASES if each.fault is fault):
+        runs = guarded[case]
+
+        assert {200} == {run.status for run in runs}
+        assert {"VAST"} == {etree.QName(etree.fromstring(run.body)).localname for run in runs}
+        assert {(), (runs[-1].name,)} >= {ad_ids(runs[-1].body)}
+        assert IN_TIME >= min(run.seconds for run in runs)
+
+
+def test_guarded_opens(guarded: dict[Case, list[Try]]) -> None:
+    """The hops' breaker has opened: harmless chains got no ad, and their hops were not asked."""
+    last = [runs[-1] for case, runs in guarded.items() if case.fault.name == "moved"]
+
+    assert {False} == {run.ad_came for run in last}
+    assert {False} == {run.reached for run in last if run.case.hop > 1}
+
+
 def test_late_second_reply(trial: Trial) -> None:
     """What comes on an idle connection is nobody's answer."""
     for run in trial.after_late_reply:
@@ -405,10 +495,10 @@ def flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 @contextlib.contextmanager
 def hostile_program() -> Iterator[str]:
     """Run the hostile server as a program, so that its work is not this one's; give its base."""
-    command = [sys.executable, "-u", "-m", "tests.support.hostile"]
+    command = [sys.executable, "-u", "-m", "tests.chaos", "server"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:  # noqa: S603
         assert program.stdout is not None
-        lines = [program.stdout.readline() for _ in range(len(FAULTS) + 1)]
+        lines = [program.stdout.readline() for _ in ALL_FAULTS]
         yield lines[0].partition("/ok/")[0]
         program.terminate()
 
@@ -440,3 +530,10 @@ def test_nothing_left_behind(trial: Trial) -> None:
     assert trial.last.ad_came
     assert trial.rss[0] + 50 * MIB > trial.rss[1]
     assert trial.descriptors[0] + 10 >= trial.descriptors[1]
+    assert trial.tasks[0] + SPARE_TASKS >= trial.tasks[1]
+
+
+def test_loop_is_not_kept_busy(trial: Trial) -> None:
+    """Whatever ad servers do, the proxy's loop does one thing for a few milliseconds at most."""
+    assert LOOKED_AT < len(trial.lags)
+    assert LAG > max(trial.lags)

@@ -6,19 +6,19 @@ with, and a script. Rule 2: scripts decide what goes over the wire and never wai
 :class:`HostileServer` does. Rule 3: a path is ``/<fault>/<key>``; the key says which document the
 fault happens to, so that any fault can happen at any hop of any chain.
 
-``python -m tests.support.hostile --port 9000`` starts it by hand and lists every address.
+``python -m tests.chaos server --port 9000`` starts it by hand and lists every address.
 """
 
-import argparse
 import asyncio
 import contextlib
 import gzip
 import socket
 import ssl
 import struct
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from itertools import repeat
 from typing import Self
@@ -43,6 +43,8 @@ class End(Enum):
     """In order, as after any script that names no other end."""
     KEEP = "keep"
     """Open for the next request."""
+    HALF_CLOSE = "half close"
+    """Nothing more comes, and all that the other side sends is still taken."""
     RESET = "reset"
     """With a TCP RST: what was not yet read is lost."""
     HANG = "hang"
@@ -64,6 +66,8 @@ class Scene:
     """The URL of a listener that is outside every allowed network."""
     number: int
     """How many requests the server had seen before this one."""
+    times: int = 0
+    """How often this fault had been asked for with this key before."""
 
     @property
     def good(self) -> str:
@@ -86,6 +90,11 @@ class Place(Enum):
     TLS_TO_PLAIN = "TLS to a plain port"
     PLAIN_TO_TLS = "plain to a TLS port"
     UNTRUSTED = "untrusted certificate"
+    EXPIRED = "expired certificate"
+    OTHER_NAME = "certificate of another name"
+
+
+_TLS = (Place.TLS_TO_PLAIN, Place.UNTRUSTED, Place.EXPIRED, Place.OTHER_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,12 @@ def _drip(data: Iterable[int]) -> Iterator[Step]:
     for byte in data:
         yield bytes([byte])
         yield DRIP
+
+
+def _slices(data: bytes, size: int, pause: float) -> Iterator[Step]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+        yield pause
 
 
 def _after(head: bytes, steps: Iterable[Step]) -> Iterator[Step]:
@@ -209,6 +224,37 @@ CONNECTIONS = (
         lambda _: _after(_OK + b"Content-Length: 10000\r\n\r\n", _drip(repeat(120))),
     ),
     Fault(
+        "late",
+        "a good reply a tenth of a second late",
+        _USED,
+        lambda s: (0.1, reply(s.document), End.KEEP),
+    ),
+    Fault(
+        "sliced",
+        "a good reply in pieces of 50 bytes, one every 5 ms",
+        _USED,
+        lambda s: (*_slices(reply(s.document), 50, 0.005), End.KEEP),
+    ),
+    Fault(
+        "half_closed",
+        "a good reply without a length, FIN behind it, and a connection that is read on",
+        _USED,
+        lambda s: (_OK + b"\r\n" + s.document, End.HALF_CLOSE),
+    ),
+    Fault(
+        "half_closed_in_body",
+        "FIN before the announced length, on a connection that is read on",
+        _UNAVAILABLE,
+        lambda s: (reply(s.document)[:-9], End.HALF_CLOSE),
+    ),
+    Fault(
+        "dropped_once",
+        "takes the first request and loses its reply; the next one is answered",
+        # RFC 9112 9.3.1: on a connection that was kept, a client may ask once more.
+        _one_of(301, None),
+        lambda s: (reply(s.document), End.KEEP) if s.times else (End.RESET,),
+    ),
+    Fault(
         "closed_after_reply",
         "a good reply on a connection that seems to be kept, and is closed",
         _USED,
@@ -219,6 +265,13 @@ CONNECTIONS = (
         "a second response that nobody asked for, on a connection that is kept",
         _USED,
         lambda s: (reply(s.document) + reply(an_inline(SMUGGLED.decode())), End.KEEP),
+    ),
+    Fault(
+        "garbage_behind_reply",
+        "bytes that are no HTTP behind a good reply, on a connection that is kept",
+        # The reply is whole; who reads on before it is used meets an error.
+        _one_of(301, None),
+        lambda s: (reply(s.document) + bytes(range(256)), End.KEEP),
     ),
 )
 
@@ -590,6 +643,12 @@ REDIRECTS = (
         lambda s: (moved(s.path.encode()), End.KEEP),
     ),
     Fault(
+        "moved_in_circle",
+        "two addresses that lead to each other",
+        _NO_WAY,
+        lambda s: (moved(_opposite(s.path).encode()), End.KEEP),
+    ),
+    Fault(
         "moved_on_and_on",
         "redirects to ever new addresses",
         _NO_WAY,
@@ -771,6 +830,20 @@ PLACES = (
         lambda s: (reply(s.document),),
         Place.UNTRUSTED,
     ),
+    Fault(
+        "expired_certificate",
+        "a certificate that was good until yesterday",
+        _UNAVAILABLE,
+        lambda s: (reply(s.document),),
+        Place.EXPIRED,
+    ),
+    Fault(
+        "certificate_of_another_name",
+        "a good certificate of somebody else",
+        _UNAVAILABLE,
+        lambda s: (reply(s.document),),
+        Place.OTHER_NAME,
+    ),
 )
 
 FAULTS: tuple[Fault, ...] = (
@@ -796,8 +869,16 @@ Not among the others: what else is asked on the same connection meanwhile is har
 """
 
 
+ALL_FAULTS = (*FAULTS, LATE_SECOND_REPLY)
+"""What a hostile server knows, by the names in its addresses."""
+
+
 def _half(data: bytes) -> bytes:
     return data[: len(data) // 2]
+
+
+def _opposite(path: str) -> str:
+    return path.removesuffix("/there") if path.endswith("/there") else f"{path}/there"
 
 
 def an_inline(ad_id: str = "ad", *, errors: Iterable[str] = ()) -> bytes:
@@ -915,7 +996,7 @@ class _Listeners:
     """The sockets of a hostile server, by what a URL is made of."""
 
     plain: int = 0
-    tls: int = 0
+    tls: dict[Place, int] = field(default_factory=dict)
     closed: int = 0
     full: int = 0
     sockets: list[socket.socket] = field(default_factory=list)
@@ -927,7 +1008,9 @@ class HostileServer:
 
     *port* is that of the plain listener; 0 takes a free one. *forbidden* is where redirects out
     of bounds lead to. ``documents`` holds by key what would be right to answer; a key without one
-    gets an InLine ad. Every request is kept in ``seen``.
+    gets an InLine ad. Every request is kept in ``seen``. A client that trusts the authority
+    :attr:`ca` tells the certificates that are only expired, or of another name, by what is wrong
+    with them.
     """
 
     def __init__(
@@ -941,9 +1024,9 @@ class HostileServer:
         self.forbidden = forbidden
         self.documents: dict[str, bytes] = {}
         self.seen: list[Seen] = []
-        self._faults: Mapping[str, Fault] = {
-            each.name: each for each in (*FAULTS, LATE_SECOND_REPLY)
-        }
+        self.ca = trustme.CA()
+        self._times: Counter[tuple[str, str]] = Counter()
+        self._faults: Mapping[str, Fault] = {each.name: each for each in ALL_FAULTS}
         self._ports = _Listeners(plain=port)
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = contextlib.AsyncExitStack()
@@ -951,7 +1034,8 @@ class HostileServer:
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
             self._ports.plain = await self._listen(stack, self._ports.plain, None)
-            self._ports.tls = await self._listen(stack, 0, _untrusted_context(self.address))
+            for place, context in self._contexts().items():
+                self._ports.tls[place] = await self._listen(stack, 0, context)
             self._ports.closed = self._bound(stack).getsockname()[1]
             self._ports.full = self._full_backlog(stack)
             stack.push_async_callback(self._stop_tasks)
@@ -969,13 +1053,13 @@ class HostileServer:
 
     def base(self, place: Place = Place.PLAIN) -> str:
         """Give the scheme, host and port of URLs that point to *place*."""
-        scheme = "https" if place in (Place.TLS_TO_PLAIN, Place.UNTRUSTED) else "http"
+        scheme = "https" if place in _TLS else "http"
         host = "no-such-name.invalid" if place is Place.UNKNOWN_NAME else self.address
         port = {
             Place.CLOSED_PORT: self._ports.closed,
             Place.FULL_BACKLOG: self._ports.full,
-            Place.PLAIN_TO_TLS: self._ports.tls,
-            Place.UNTRUSTED: self._ports.tls,
+            Place.PLAIN_TO_TLS: self._ports.tls.get(Place.UNTRUSTED, 0),
+            **self._ports.tls,
         }.get(place, self._ports.plain)
         return f"{scheme}://{host}:{port}"
 
@@ -987,6 +1071,15 @@ class HostileServer:
         stack.callback(server.close)
         bound: int = server.sockets[0].getsockname()[1]
         return bound
+
+    def _contexts(self) -> dict[Place, ssl.SSLContext]:
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        certificates = {
+            Place.UNTRUSTED: trustme.CA().issue_cert(self.address),
+            Place.EXPIRED: self.ca.issue_cert(self.address, not_after=yesterday),
+            Place.OTHER_NAME: self.ca.issue_cert("other.example"),
+        }
+        return {place: _context(each) for place, each in certificates.items()}
 
     def _bound(self, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> socket.socket:
         """Give a socket that holds a port and does not listen on it."""
@@ -1036,8 +1129,10 @@ class HostileServer:
             base=self.base(),
             forbidden=self.forbidden,
             number=len(self.seen),
+            times=self._times[seen.name, seen.key],
         )
         self.seen.append(seen)
+        self._times[seen.name, seen.key] += 1
         return await _perform(script(scene), reader, writer)
 
     def _script(self, seen: Seen) -> Script:
@@ -1049,9 +1144,9 @@ class HostileServer:
         return f"<HostileServer {self.base()}, {len(self.seen)} requests>"
 
 
-def _untrusted_context(address: str) -> ssl.SSLContext:
+def _context(certificate: trustme.LeafCert) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert(address).configure_cert(context)
+    certificate.configure_cert(context)
     return context
 
 
@@ -1073,7 +1168,9 @@ async def _perform(
 
 
 async def _leave(end: End, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> End:
-    if end is End.HANG:
+    if end is End.HALF_CLOSE:
+        writer.write_eof()
+    if end in (End.HANG, End.HALF_CLOSE):
         while await reader.read(BLOCK):
             pass
     if end is End.RESET:
@@ -1081,25 +1178,3 @@ async def _leave(end: End, reader: asyncio.StreamReader, writer: asyncio.StreamW
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
     return end
-
-
-async def _serve_by_hand(port: int) -> None:
-    with Trap("127.0.0.2") as trap:
-        forbidden = f"http://127.0.0.2:{trap.port}/"
-        async with HostileServer(port=port, forbidden=forbidden) as server:
-            for fault in (*FAULTS, LATE_SECOND_REPLY):
-                sys.stdout.write(f"{server.url(fault, 'ad'):64} {fault.description}\n")
-            sys.stdout.flush()
-            await asyncio.Event().wait()
-
-
-def main() -> None:
-    """Serve every fault until interrupted."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--port", type=int, default=0, help="of the plain listener; 0: any")
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve_by_hand(parser.parse_args().port))
-
-
-if __name__ == "__main__":
-    main()
