@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := vastproxy tests benchmarks
 
-.PHONY: help install demo test check fix bench clean
+.PHONY: help install demo test check fix bench chaos clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: $(VENV)/dev.stamp ## formatting, lint, types, import directions, docstrin
 fix: $(VENV)/dev.stamp ## repair what a machine can repair
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+chaos: $(VENV)/dev.stamp ## trouble before ad servers and Redis, for minutes
+	CHAOS_ROUNDS=$(or $(ROUNDS),20) CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/functional/test_chaos.py
 
 bench: $(VENV)/dev.stamp ## CPU per ad request, as ratios to the floor and to a peer
 	$(BIN)/python -m benchmarks

@@ -250,8 +250,7 @@ CONNECTIONS = (
     Fault(
         "dropped_once",
         "takes the first request and loses its reply; the next one is answered",
-        # RFC 9112 9.3.1: on a connection that was kept, a client may ask once more.
-        _one_of(301, None),
+        _one_of(301),
         lambda s: (reply(s.document), End.KEEP) if s.times else (End.RESET,),
     ),
     Fault(

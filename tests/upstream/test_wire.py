@@ -2,8 +2,10 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from ipaddress import ip_network
 from random import Random
 
@@ -96,24 +98,65 @@ async def test_endless_answers_end(client: AiohttpClient, start: bytes, piece: b
     assert MAX_HEAD < sent < 8 * MAX_WIRE
 
 
+@contextmanager
+def serving_one_each() -> Iterator[tuple[str, list[threading.Event]]]:
+    """Answer one request on each connection and close it; an event for each says that it is."""
+    closed: list[threading.Event] = []
+
+    def serve(listener: socket.socket) -> None:
+        """Serve until the listener is closed."""
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                closed.append(threading.Event())
+                with connection:
+                    while not connection.recv(65536).endswith(b"\r\n\r\n"):
+                        pass
+                    connection.sendall(ANSWER)
+                closed[-1].set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/", closed
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
 async def test_kept_connection_that_was_closed_is_replaced(client: AiohttpClient) -> None:
-    """A request that met a closed connection goes out again on a new one."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
-        """Serve one connection."""
-        await head(reader)
-        writer.write(ANSWER)
-        await writer.drain()
-        # The next request is read, and not one byte is said: as when the close crossed it.
-        await head(reader)
-        writer.transport.abort()
-
-    async with serving(serve) as (url, numbers):
+    """A kept connection whose end has come is not used, though the loop has not seen it yet."""
+    with serving_one_each() as (url, closed):
         first = await ask(client, url)
+        # The loop stands still meanwhile, as when it is busy with something else.
+        assert closed[0].wait(ENOUGH)
         second = await ask(client, url)
 
     assert (b"ok", b"ok") == (first.body, second.body)
-    assert [1, 2] == numbers
+    assert 2 == len(closed)
+
+
+async def test_request_on_a_kept_connection_is_not_repeated(client: AiohttpClient) -> None:
+    """A request that was read, and not answered, may have been counted: it is not sent again."""
+    read = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _: int) -> None:
+        """Serve one connection."""
+        nonlocal read
+        await head(reader)
+        writer.write(ANSWER)
+        await writer.drain()
+        await head(reader)
+        read += 1
+        writer.transport.abort()
+
+    async with serving(serve) as (url, numbers):
+        await ask(client, url)
+        with pytest.raises(UpstreamError):
+            await ask(client, url)
+
+    assert ([1], 1) == (numbers, read)
 
 
 @pytest.mark.parametrize("once", [False, True])

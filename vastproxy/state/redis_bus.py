@@ -182,8 +182,8 @@ class _Messages:
         """See which other nodes there are, for when this one is away."""
         await connection.send_command("CLUSTER", "SLOTS")
         nodes = read(_nodes, await connection.read_response())
-        others = {(each or host, port) for each, port in nodes}
-        self._places = deque([{}, *({"host": name, "port": port} for name, port in others)])
+        others = [{"host": each or host, "port": port} for each, port in dict.fromkeys(nodes)]
+        self._places = deque([{}, *others])
         self._places.rotate(-1)
 
 

@@ -100,9 +100,11 @@ class Reach:
             self._pause = min(max(self._pause * 2, FIRST_LOOK), LAST_LOOK)
             if await self._answers(call):
                 break
+        if self._closed:
+            return
         self.there = True
         self._back = time.monotonic()
-        if telling and not self._closed:
+        if telling:
             away = round(self._back - since, 3)
             self._log.warning("redis.back", what=self.what, away_seconds=away)
 
@@ -117,8 +119,8 @@ class Reach:
         return True
 
     def close(self) -> None:
-        """Look no more."""
-        self._closed = True
+        """Ask no more, and look no more."""
+        self.there, self._closed = False, True
 
     def __repr__(self) -> str:
         return f"<Reach {self.what}, {'there' if self.there else 'away'}>"

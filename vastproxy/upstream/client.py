@@ -29,8 +29,6 @@ from vastproxy.model import HopReply, HopRequest
 from vastproxy.upstream.egress import EgressPolicy, EgressRefused, guarded_socket_factory
 from vastproxy.upstream.wire import (
     HopConnector,
-    connection_was_dead,
-    forget_connection,
     hop_session,
     wire_url,
 )
@@ -41,9 +39,6 @@ refuse at once: who waits for a connection would be taken for somebody who waits
 
 KEEPALIVE = 30.0
 """Seconds an idle connection is kept: below the 60 s at which common balancers drop it."""
-
-MAX_DEAD = 5
-"""Kept connections found closed in a row before a request gives up looking for a live one."""
 
 _OWN_FAULT = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -121,22 +116,11 @@ class AiohttpClient:
             raise EgressBlockedError(problem)
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._exchange(request)
+                return await self._ask(request)
         except TimeoutError:
             raise UpstreamTimeoutError("no whole answer") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _mapped(error) from error
-
-    async def _exchange(self, request: HopRequest) -> HopReply:
-        """Ask; and again while the pool hands out connections that the peer has closed."""
-        for _ in range(MAX_DEAD):
-            forget_connection()
-            try:
-                return await self._ask(request)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if not connection_was_dead():
-                    raise
-        return await self._ask(request)
 
     async def _ask(self, request: HopRequest) -> HopReply:
         pool = _Pool.ONCE if request.once else _Pool.GUARDED

@@ -165,7 +165,7 @@ class SharedBreaker:
             self._ask_from = self._clock() + ASK_EVERY
         if self._news:
             return  # What has happened here since is about to be told.
-        if ballot.says != "closed" and standing.votes >= self._quorum:
+        if standing.votes >= self._quorum:
             self._open(standing)
         elif missed:
             self._close(standing)
@@ -185,7 +185,7 @@ class SharedBreaker:
         """Leave the ad server alone for as long as others do."""
         breaker = self.breaker
         state = breaker.state
-        if breaker.held or state == "half-open":
+        if state == "half-open":
             return
         if state == "open" and standing.seconds <= _left_alone(breaker.told()):
             return
