@@ -227,7 +227,7 @@ async def proxy(config: Config, kept: Keeping | None = None) -> AsyncIterator[Pr
         tasks = await stack.enter_async_context(Tasks("reports"))
         shared.guards.use(config)
         upstreams = {
-            name: upstream(name, each, client, shared.guards.of(name))
+            name: upstream(name, each, client, shared.guards.of(name, tasks.spawn))
             for name, each in config.upstreams.items()
         }
         routes = [route(each, upstreams, config.server.beacon_ttl) for each in config.routes]
@@ -236,7 +236,7 @@ async def proxy(config: Config, kept: Keeping | None = None) -> AsyncIterator[Pr
         factory = SessionFactory(is_public_suffix=accounts.is_public_suffix)
         ads = AdServer(factory, reporter, accounts)
         router = Router(routes)
-        player = Player(ads, router, player_settings(config), shared.metrics)
+        player = Player(ads, router, player_settings(config), shared.metrics, tasks)
         shared.leases.use(each.terms.budget for each in routes if each.terms.budget)
         try:
             yield Proxy(config, ads, router, player, reporter, tasks)

@@ -95,11 +95,12 @@ class UpstreamConnectError(UpstreamError):
     No connection, so nothing was sent: the one failure after which a request may go out again.
 
     *local* says that it failed for want of something here, sockets or ports, and that the ad
-    server has nothing to do with it.
+    server has nothing to do with it; *unknown*, that there is no such name.
     """
 
-    def __init__(self, reason: str, *, local: bool = False) -> None:
+    def __init__(self, reason: str, *, local: bool = False, unknown: bool = False) -> None:
         self.local = local
+        self.unknown = unknown
         super().__init__(reason)
 
 
@@ -108,11 +109,13 @@ class UpstreamTimeoutError(UpstreamError):
     No whole answer in time.
 
     *starved* says that it was not the ad server's own limit that passed, but what an
-    earlier hop had left of the deadline.
+    earlier hop had left of the deadline; *late*, that it was noticed so late that this process
+    must have been busy: an answer may have been there.
     """
 
-    def __init__(self, reason: str, *, starved: bool = False) -> None:
+    def __init__(self, reason: str, *, starved: bool = False, late: bool = False) -> None:
         self.starved = starved
+        self.late = late
         super().__init__(reason)
 
 
@@ -132,13 +135,16 @@ class UpstreamRefusedError(UpstreamError):
     """
     The proxy did not ask: an open breaker, a rate that is used up, too many calls under way.
 
-    *by* says which of the three.
+    *by* says which of the three, *of* whose it is: an upstream's name, or a site.
     """
 
     vast_code = 300
 
-    def __init__(self, reason: str, *, by: Literal["breaker", "rate_limit", "busy"]) -> None:
+    def __init__(
+        self, reason: str, *, by: Literal["breaker", "rate_limit", "busy"], of: str = ""
+    ) -> None:
         self.by = by
+        self.of = of
         super().__init__(reason)
 
 

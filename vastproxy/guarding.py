@@ -6,7 +6,7 @@ stays there, while their own settings stay.
 Rule 2: a rate that is not shared is the whole proxy's: each worker has its part.
 """
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
@@ -15,7 +15,7 @@ from vastproxy.config.schema import Config, HopBreaker, Route
 from vastproxy.config.schema import Upstream as UpstreamConfig
 from vastproxy.observe.metrics import RequestMetrics
 from vastproxy.observe.trace import BreakerChange
-from vastproxy.upstream.answers import AnswerCache, CacheSettings, SecondLevel
+from vastproxy.upstream.answers import AnswerCache, CacheSettings, SecondLevel, Spawn
 from vastproxy.upstream.guard import GuardSettings, RateSettings, local_rate
 from vastproxy.upstream.guards import Guards, Sharing
 from vastproxy.upstream.limiter import Rate
@@ -50,7 +50,7 @@ class Protecting:
         self,
         is_public_suffix: Callable[[str], bool],
         metrics: RequestMetrics,
-        spawn: Callable[[Coroutine[Any, Any, None], str], None],
+        spawn: Spawn,
         instances: Instances | None = None,
     ) -> None:
         self._metrics = metrics
@@ -85,10 +85,14 @@ class Protecting:
                 caches[name] = self._cache(name, settings)
         self._caches = caches
 
-    def of(self, name: str) -> Protection:
-        """Give what stands around the upstream called *name*."""
+    def of(self, name: str, spawn: Spawn | None = None) -> Protection:
+        """
+        Give what stands around the upstream called *name*.
+
+        *spawn* starts what asks ad servers and nobody waits for: while there are connections.
+        """
         guards = self.guards
-        return Protection(guards.upstream(name), guards.site, self._caches.get(name))
+        return Protection(guards.upstream(name), guards.site, self._caches.get(name), spawn)
 
     def _cache(self, name: str, settings: CacheSettings) -> AnswerCache:
         old = self._caches.get(name)

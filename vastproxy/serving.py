@@ -217,6 +217,8 @@ def _players(handler: PlayerHandler, keepalive: float) -> web.ServerRunner:
         handler,
         keepalive_timeout=keepalive,
         access_log=None,
+        # Who has gone is not waited for: what is reserved for him is free at once.
+        handler_cancellation=True,
         max_line_size=MAX_LINE,
         max_field_size=MAX_LINE,
     )

@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 
 from vastproxy.flow.answer import Outcome, response, together
-from vastproxy.observe.trace import BreakerChange, Choice, Hop, Trace
+from vastproxy.observe.trace import BreakerChange, Choice, Exchange, Hop, Trace
 from vastproxy.session.factory import SessionFactory
 from vastproxy.vast.parse import parse
 
 
 def a_hop(number: int = 1, upstream: str = "one", **more: Any) -> Hop:
     """Build a hop that was asked for."""
-    return Hop(number, None, 0, upstream, "http://a/", (), 1.0, **more)
+    more = {"exchanges": (), "milliseconds": 1.0, **more}
+    return Hop(number, None, 0, upstream, "http://a/", **more)
 
 
 def told(trace: Trace, outcome: Outcome | None = None) -> Any:
@@ -37,8 +38,7 @@ def test_refused_hop(refused: str, flag: str) -> None:
     ("cache", "flags", "hops"),
     [
         ("hit", ("no_ad", "cached"), 0),
-        ("stale (upstream failed: HTTP status 500)", ("no_ad", "stale"), 1),
-        ("miss, stored", ("no_ad",), 1),
+        ("stale (revalidating)", ("no_ad", "stale"), 0),
         ("", ("no_ad",), 1),
     ],
 )
@@ -50,6 +50,17 @@ def test_cache(cache: str, flags: tuple[str, ...], hops: int) -> None:
     assert ((f"one: {cache}",) if cache else ()) == answer.cache
     assert hops == answer.hops
     assert ("vastproxy; hit",) == answer.cache_status
+
+
+def test_stale_for_a_failure() -> None:
+    """Where a stale answer stands in, it is told for what; and who was asked was asked."""
+    exchange = Exchange("http://a.example/", 1.0, 500)
+    hop = a_hop(cache="stale (upstream failed: HTTP status 500)", code=301, exchanges=(exchange,))
+
+    answer = told(Trace(hops=[hop]))
+
+    assert ("no_ad", "upstream_failed", "stale") == answer.flags
+    assert 1 == answer.hops
 
 
 @pytest.mark.parametrize(

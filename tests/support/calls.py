@@ -36,9 +36,9 @@ class Scripted:
             raise answer
         return answer
 
-    def call(self, *, fair: bool = True) -> Call:
+    def call(self, *, fair: bool = True, made_up: bool = False) -> Call:
         """Give a call of it."""
-        return Call(self.get, self.trace, lambda: fair)
+        return Call(self.get, self.trace, lambda: fair, made_up)
 
 
 @dataclass
@@ -64,8 +64,9 @@ class Told:
 
 
 async def failures(guard: Guard, server: Scripted, number: int) -> None:
-    """Ask *number* times, and pass over what comes of it."""
+    """Ask for *number* ad requests, and pass over what comes of it."""
     for _ in range(number):
+        server.trace.blamed.clear()
         try:
             await guard.ask(server.call())
         except UpstreamError:

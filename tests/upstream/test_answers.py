@@ -48,7 +48,7 @@ def an_answer(
 ) -> Answer:
     """Build an answer of an ad server, as who asked gets it."""
     reply = HopReply(200, headers, body.encode())
-    return Answer(Fetched(reply, URL), facts, object(), set_cookies=cookies)
+    return Answer(Fetched(reply, URL, set_cookies=cookies), facts, object())
 
 
 class Source:
@@ -612,7 +612,8 @@ async def test_stale_answer_stands_in_for_a_dead_upstream(
     bench.time += 11
     answer, verdict = await cache.through(ANN, source.ask, source.ask)
     assert b"one" == answer.fetched.reply.body
-    assert CacheVerdict("stale", age=311, ttl=-11, reason=f"upstream failed: {error}") == verdict
+    reason = f"upstream failed: {error}"
+    assert CacheVerdict("stale", age=311, ttl=-11, reason=reason, error=error) == verdict
     bench.time += 288.9
     assert f"stale (upstream failed: {error})" == (await told(cache, source))[1]
     bench.time += 0.2

@@ -5,8 +5,13 @@ import asyncio
 import pytest
 
 from tests.support.calls import BAD, GOOD, Scripted, Told, by, failures
-from vastproxy.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from vastproxy.upstream.guard import Guard, GuardSettings, RetryBudget, latencies
+from vastproxy.errors import (
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamRefusedError,
+    UpstreamTimeoutError,
+)
+from vastproxy.upstream.guard import Crowd, Guard, GuardSettings, RetryBudget, latencies
 from vastproxy.upstream.limiter import LocalRate
 from vastproxy.upstream.window import BreakerSettings
 
@@ -86,6 +91,101 @@ async def test_rate() -> None:
     assert 2 == server.asked
 
 
+class SlowRate:
+    """Counts the turns, and gives each after a while."""
+
+    rate, burst, refused, shared = 1.0, 1, 0, True
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.go = asyncio.Event()
+
+    async def take(self) -> bool:
+        """Wait, as for a server far away."""
+        self.taken += 1
+        await self.go.wait()
+        return True
+
+
+async def test_bound_while_waiting_for_turns() -> None:
+    """Who waits for a turn is under way: a crowd does not pass the bound meanwhile."""
+    rate = SlowRate()
+    guard = Guard("main", GuardSettings(max_in_flight=3), rate=rate)
+    server = Scripted([GOOD])
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(by_or_reply(guard, server)) for _ in range(50)]
+        await asyncio.sleep(0)
+        rate.go.set()
+
+    assert (3, 47) == (server.asked, sum(each.result() == "busy" for each in tasks))
+    assert 0 == guard.in_flight
+
+
+async def by_or_reply(guard: Guard, server: Scripted) -> str:
+    """Ask, and say what came, or by what it was refused."""
+    try:
+        return str((await guard.ask(server.call())).status)
+    except UpstreamRefusedError as error:
+        return error.by
+
+
+async def test_open_breaker_takes_no_turns() -> None:
+    """While the breaker is open, no turn of the rate is taken for calls that are not made."""
+    rate = SlowRate()
+    rate.go.set()
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1)), rate=rate)
+    server = Scripted([BAD])
+    await failures(guard, server, 100)
+
+    assert (1, 1) == (rate.taken, server.asked)
+
+
+async def test_refusal_names_its_guard() -> None:
+    """Who refuses is named: a redirect's target may be another than the upstream."""
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1)))
+    await failures(guard, server := Scripted([BAD]), 1)
+
+    with pytest.raises(UpstreamRefusedError) as caught:
+        await guard.ask(server.call())
+
+    assert "main" == caught.value.of
+
+
+async def test_names_that_are_made_up() -> None:
+    """A name that does not exist is no failure where a stranger named it."""
+    server = Scripted([UpstreamConnectError("no such name", unknown=True)])
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1)))
+
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call(made_up=True))
+    assert 1 == guard.calls["neutral"]
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call())
+    assert 1 == guard.calls["failed"]
+
+
+async def test_late_time_out() -> None:
+    """A time-out that was noticed late says nothing: the answer may have been there."""
+    server = Scripted([UpstreamTimeoutError("silent", late=True)])
+    guard = Guard("main", GuardSettings(BreakerSettings(fail_max=1)))
+
+    with pytest.raises(UpstreamTimeoutError):
+        await guard.ask(server.call())
+
+    assert 1 == guard.calls["neutral"]
+
+
+async def test_one_failure_of_a_site_for_a_request() -> None:
+    """A pod that names a site often is one failure of it, so nobody opens another's breaker."""
+    guard = Guard("victim.com", GuardSettings(BreakerSettings(fail_max=2)), hops=Crowd())
+    server = Scripted([BAD])
+    for _ in range(20):
+        await guard.ask(server.call())
+
+    assert (20, 1, 19) == (server.asked, guard.calls["failed"], guard.calls["neutral"])
+
+
 # --- Repetitions ----------------------------------------------------------------------------------
 
 
@@ -154,6 +254,36 @@ def test_retry_budget() -> None:
 def test_no_retry_budget() -> None:
     """With a share of nothing there is no repetition."""
     assert not RetryBudget(0.0).spend()
+
+
+async def test_refused_calls_save_nothing() -> None:
+    """Calls that are not made allow no repetitions."""
+    server = Scripted([UpstreamConnectError("refused")])
+    guard = Guard("main", GuardSettings(attempts=1), rate=LocalRate(0.001, 10))
+
+    await failures(guard, server, 1000)
+
+    assert (10, 1) == (server.asked, guard.calls["retried"])
+
+
+async def test_refused_repetition() -> None:
+    """Where a repetition is refused, the failure is told, and not the refusal."""
+    server = Scripted([UpstreamConnectError("refused")])
+    guard = Guard("main", GuardSettings(attempts=1), rate=LocalRate(0.001, 1))
+
+    with pytest.raises(UpstreamConnectError):
+        await guard.ask(server.call())
+
+
+async def test_shadow_repeats_as_usual() -> None:
+    """A breaker that only watches keeps no repetition from being made."""
+    server = Scripted([UpstreamConnectError("refused")])
+    breaker = BreakerSettings(mode="shadow", fail_max=1)
+    guard = Guard("main", GuardSettings(breaker, attempts=1, retry_share=1.0))
+
+    await failures(guard, server, 20)
+
+    assert (40, 20) == (server.asked, guard.calls["retried"])
 
 
 async def test_again_ends_at_the_breaker() -> None:

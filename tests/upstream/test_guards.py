@@ -1,6 +1,7 @@
 """The guards of upstreams and of sites, over reloads, and in the hands of an operator."""
 
-from dataclasses import dataclass, field
+import asyncio
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,21 +34,24 @@ def some_guards(told: Told | None = None, **more: object) -> Guards:
 
 
 @pytest.mark.parametrize(
-    ("host", "site"),
+    ("url", "site"),
     [
-        ("example.com", "example.com"),
-        ("Ads.Example.com.", "example.com"),
-        ("a.b.c.example.co.uk", "example.co.uk"),
-        ("com", "com:443"),
-        ("localhost", "localhost:443"),
-        ("co.uk", "co.uk"),
-        ("192.0.2.1", "192.0.2.1:443"),
-        ("[2001:db8::1]", "[2001:db8::1]:443"),
+        ("https://example.com/x", "example.com"),
+        ("http://example.com/x", "example.com"),
+        ("https://Ads.Example.com./", "example.com"),
+        ("https://a.b.c.example.co.uk/", "example.co.uk"),
+        ("https://co.uk/", "co.uk"),
+        ("http://ads.example.com:443/", "http://example.com:443"),
+        ("https://ads.example.com:8443/", "https://example.com:8443"),
+        ("https://com/", "com:443"),
+        ("http://localhost/", "localhost:80"),
+        ("http://192.0.2.1:81/", "192.0.2.1:81"),
+        ("https://[2001:db8::1]/", "[2001:db8::1]:443"),
     ],
 )
-def test_site(host: str, site: str) -> None:
-    """A host is counted under what somebody registered."""
-    assert site == site_of(host, 443, lambda name: name in {"com", "co.uk", "uk"})
+def test_site(url: str, site: str) -> None:
+    """A host is counted under what somebody registered; at an unusual port, by itself."""
+    assert site == site_of(target(url), lambda name: name in {"com", "co.uk", "uk"})
 
 
 async def test_blame() -> None:
@@ -100,6 +104,25 @@ async def test_reload_keeps_breaker() -> None:
     guards.use({"main": GuardSettings(breaker, max_in_flight=7)}, GuardSettings())
 
     assert "breaker" == await by(lambda: guards.upstream("main").ask(Scripted([GOOD]).call()))
+
+
+async def test_reload_keeps_what_is_under_way() -> None:
+    """A reload forgets neither the calls under way nor the turns that were taken."""
+    guards = some_guards()
+    settings = GuardSettings(rate=RateSettings(0.001, 3), max_in_flight=2)
+    server = Scripted([GOOD], go=asyncio.Event())
+    async with asyncio.TaskGroup() as group:
+        for attempts in range(2):
+            guards.use({"main": replace(settings, attempts=attempts)}, GuardSettings())
+            group.create_task(guards.upstream("main").ask(server.call()))
+            await asyncio.sleep(0)
+        busy = await by(lambda: guards.upstream("main").ask(server.call()))
+        assert server.go is not None
+        server.go.set()
+    await guards.upstream("main").ask(server.call())
+
+    assert "busy" == busy
+    assert "rate_limit" == await by(lambda: guards.upstream("main").ask(server.call()))
 
 
 async def test_reload_begins_anew() -> None:

@@ -206,7 +206,7 @@ def test_kept_form_has_nothing_of_who_asked() -> None:
     """Headers but the type, cookies and the parsed document are not kept."""
     headers = (("content-type", "text/xml"), ("x-served-for", "ann"), ("set-cookie", "a=b"))
     reply = HopReply(200, headers, b"<VAST/>")
-    answer = Answer(Fetched(reply, URL), AN_AD, object(), set_cookies=True)
+    answer = Answer(Fetched(reply, URL, set_cookies=True), AN_AD, object())
     kept = HopReply(200, (("content-type", "text/xml"),), b"<VAST/>")
 
     assert Answer(Fetched(kept, URL), AN_AD) == kept_form(answer)

@@ -266,7 +266,8 @@ class AdServer:
             entry = await VastChainResolver(asked.route.policy).enter(session)
         except (UpstreamError, VastError) as error:
             session.came(None)
-            return Outcome.failed(error.vast_code, str(error), refused_by(error))
+            refused = refused_by(error, session.upstream.name)
+            return Outcome.failed(error.vast_code, str(error), refused)
         ads = entry.document.ads
         session.came(len(ads))
         if attempt is not None and (refused := await _refused_document(attempt, ads)):

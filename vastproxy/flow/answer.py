@@ -275,7 +275,7 @@ def response(context: SessionContext, trace: Trace, outcome: Outcome, body: byte
         body=body,
         request_id=context.request_id,
         ads=outcome.ads,
-        hops=sum(not each.refused and not _is_kept(each) for each in hops),
+        hops=sum(bool(each.exchanges) or not (each.refused or each.cache) for each in hops),
         upstream=_whose(outcome),
         flags=flags(trace, outcome),
         timings=tuple([(f"hop{hop.number}", hop.milliseconds) for hop in hops]),

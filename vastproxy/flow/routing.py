@@ -15,6 +15,7 @@ from vastproxy.upstream.upstream import VastUpstream, lookup
 from vastproxy.vast.parse import parse
 from vastproxy.vast.unwrap import Policy
 
+_NIL_ID = re.compile(r"0{8}-?0{4}-?0{4}-?0{4}-?0{12}")
 _REST = "/{rest}"
 # Also in spellings that some servers take for a slash, or for the end of a segment.
 _SLASH = r"/|\\|%2f|%5c"
@@ -95,8 +96,13 @@ class Router:
 
 
 def viewer_of(route: Route, request: AdRequest) -> str:
-    """Give the viewer's id: what the first of the route's sources has. Empty: nobody known."""
-    return next((value for each in route.viewer if (value := found(each, request))), "")
+    """
+    Give the viewer's id: what the first of the route's sources has. Empty: nobody known.
+
+    An advertising id of zeros is nobody's: devices send it for viewers who want no tracking.
+    """
+    values = (found(each, request) for each in route.viewer)
+    return next((each for each in values if each and not _NIL_ID.fullmatch(each)), "")
 
 
 def forwarded(route: Route, raw: str, taken: frozenset[str]) -> str:

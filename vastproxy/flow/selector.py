@@ -32,7 +32,11 @@ async def first_with_ad(
     """
     waterfall = Waterfall(soft_timeouts)
     if waterfall.staggers:
-        return await _staggered(waterfall, ask, late)
+        try:
+            return await _staggered(waterfall, ask, late)
+        except BaseExceptionGroup as group:
+            # A mistake is told as where there is no group.
+            raise group.exceptions[0] from None
     # As most do. A task for each would cost more than the rest of this file.
     while (start := waterfall.next(0.0)) is not None:
         waterfall.ended(start.at, ad=await ask(start.at))

@@ -20,8 +20,8 @@ from typing import Any, Final, Literal, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-Outcome = Literal["ad", "no_ad", "error"]
-"""``error``: a mistake in the proxy; the player got an empty VAST."""
+Outcome = Literal["ad", "no_ad", "error", "gone"]
+"""``error``: a mistake in the proxy; the player got an empty VAST. ``gone``: he went before it."""
 BeaconResult = Literal["counted", "late", "again", "forged", "deferred"]
 CallResult = Literal["ok", "failed", "neutral", "breaker", "rate_limit", "busy"]
 """What came of a call of an ad server; the last three: the proxy did not make it."""
@@ -133,7 +133,7 @@ class RequestMetrics:
         self._seconds.observe(seconds)
 
     def _route(self, route: str) -> _OfRoute:
-        outcomes: tuple[Outcome, ...] = ("ad", "no_ad", "error")
+        outcomes: tuple[Outcome, ...] = ("ad", "no_ad", "error", "gone")
         requests: dict[str, Callable[[], None]] = {
             each: self._requests.labels(route, each).inc for each in outcomes
         }

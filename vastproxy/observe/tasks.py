@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import structlog
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -20,11 +22,24 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
         self._log = structlog.get_logger("vastproxy.tasks")
 
-    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Start *work* under *name*."""
         task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}")
         self._running.add(task)
         task.add_done_callback(self._ended)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        """Do *work* to its end, also where the caller is cut off; give what it gives."""
+        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Now nobody else would hear of a failure.
+            task.add_done_callback(self._ended)
+            raise
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)

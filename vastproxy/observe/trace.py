@@ -122,6 +122,8 @@ class Trace:
     """Breakers that changed because of this request."""
     shadowed: list[str] = field(default_factory=list)
     """Breakers that would have refused a call, and only watch."""
+    blamed: set[str] = field(default_factory=set)
+    """Sites of hops that have failed once: a pod that names one often is one failure of it."""
     cache_status: list[str] = field(default_factory=list)
     """Members of the header ``Cache-Status`` (RFC 9211)."""
 

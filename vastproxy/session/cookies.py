@@ -204,6 +204,10 @@ class CookieJar:
         """Give an empty jar that judges as this one does."""
         return CookieJar(self._is_public_suffix)
 
+    def copied(self) -> "CookieJar":
+        """Give a jar with the same cookies, which goes its own way."""
+        return CookieJar(self._is_public_suffix, self)
+
     def __len__(self) -> int:
         return len(self._cookies)
 

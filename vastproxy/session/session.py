@@ -71,6 +71,10 @@ class Fetched:
     url: str
     set_cookies: bool = False
     """Whether it, or a redirect on the way, had a ``Set-Cookie``."""
+    sent_cookies: bool = False
+    """Whether any request on the way had a ``Cookie``."""
+    on_the_way: tuple[HopReply, ...] = ()
+    """The redirects, which may forbid to keep what they led to."""
 
 
 class Upstream(Protocol):
@@ -305,14 +309,17 @@ class VastSession:
         """
         Open a session for the same ad request at the same upstream, with nothing of its own yet.
 
-        It ends at *deadline*, on the loop's clock; what it meets is in no trace of this one.
+        It ends at *deadline*, on the loop's clock; what it meets is in no trace of this one, and
+        what cookies it is given are not kept.
         """
+        facts = self.request_facts
+        kept = facts.viewer_jar
         return VastSession(
             self._context,
             self.upstream,
             jar=self.jar.emptied(),
             macros=self.macros,
-            request=replace(self.request_facts, deadline=deadline, viewer_jar=None),
+            request=replace(facts, deadline=deadline, viewer_jar=kept and kept.copied()),
             log=self._log,
         )
 

@@ -26,7 +26,13 @@ from typing import Any, Protocol
 
 from cachetools import TLRUCache, TTLCache
 
-from vastproxy.errors import NoAdError, UpstreamError, UpstreamTimeoutError, VastError
+from vastproxy.errors import (
+    NoAdError,
+    UpstreamConnectError,
+    UpstreamError,
+    UpstreamTimeoutError,
+    VastError,
+)
 from vastproxy.upstream.cache import Flights
 from vastproxy.upstream.freshness import Lifetime, lifetime_of
 from vastproxy.upstream.kept import (
@@ -85,7 +91,7 @@ class SecondLevel(Protocol):
 
 Ask = Callable[[], Awaitable[Answer]]
 Found = tuple[Answer, CacheVerdict]
-Spawn = Callable[[Coroutine[Any, Any, None], str], None]
+Spawn = Callable[[Coroutine[Any, Any, None], str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ class _Call:
     key: str
     ask: Ask
     refresh: Ask
+    spawn: Spawn
     own: Answer | None = None
     """What it was answered itself, whole."""
 
@@ -164,17 +171,21 @@ class AnswerCache:
         # Of a paid upstream hardly anything is for others: to wait for it would cost time only.
         self._waits = settings.is_shared and not settings.paid
 
-    async def through(self, asking: Asking, ask: Ask, refresh: Ask) -> Found:
+    async def through(
+        self, asking: Asking, ask: Ask, refresh: Ask, spawn: Spawn | None = None
+    ) -> Found:
         """
         Give what is kept for *asking*, or what *ask* gives; and say which.
 
-        *refresh* asks as well, but in the background. What *ask* raises is raised, unless a stale
-        answer may stand in; UpstreamTimeoutError where waiting for another took too long.
+        *refresh* asks as well, but in the background, started by *spawn* (None: the cache's own).
+        What *ask* raises is raised, unless a stale answer may stand in; UpstreamTimeoutError where
+        waiting for another took too long.
         """
         if reason := self._bypassed(asking):
             found = await ask(), CacheVerdict("bypass", reason=reason)
         else:
-            call = _Call(key_of(self.name, self.settings, asking), ask, refresh)
+            key = key_of(self.name, self.settings, asking)
+            call = _Call(key, ask, refresh, spawn or self._spawn)
             found = await self._given(call, asking.deadline)
         self._words[found[1].word] += 1
         self._heard(found[1])
@@ -238,7 +249,9 @@ class AnswerCache:
         if left + entry.lifetime.stale_if_error <= 0:
             return None
         reason = f"upstream failed: {error}"
-        return entry.answer, CacheVerdict("stale", age=age, ttl=left, reason=reason)
+        # Without its traceback, whose frames have this request's documents.
+        told = error.with_traceback(None)
+        return entry.answer, CacheVerdict("stale", age=age, ttl=left, reason=reason, error=told)
 
     def _entry(self, key: str) -> _Entry | None:
         entry = self._kept.get(key)
@@ -264,7 +277,7 @@ class AnswerCache:
                 reason = "another request for the same was not answered before the deadline"
                 raise UpstreamTimeoutError(reason, starved=True)
             # He went away, or had less time than there was: one of those who waited asks.
-            if flight.cancelled() or _is_starved(flight.exception()):
+            if flight.cancelled() or _is_his_own(flight.exception()):
                 return None
             return flight.result()
         finally:
@@ -309,12 +322,25 @@ class AnswerCache:
     def _lifetime(self, answer: Answer) -> Lifetime | str:
         """Give how long *answer* may be kept; or, in a word, why it may not be."""
         facts = answer.facts
-        if answer.set_cookies:
+        fetched = answer.fetched
+        if fetched.set_cookies:
             return "set-cookie"
+        if self.settings.is_shared and fetched.sent_cookies:
+            return "cookies"
         if self._is_sold(facts):
             return "paid"
         limits = self.settings.limits(filled=facts.filled, expires=facts.expires)
-        return lifetime_of(answer.fetched.reply, limits, self._now())
+        for each in fetched.on_the_way:
+            lifetime = lifetime_of(each, limits, self._now(), redirect=True)
+            if isinstance(lifetime, str):
+                return lifetime
+            limits = replace(
+                limits,
+                ttl=lifetime.ttl,
+                stale_while_revalidate=lifetime.stale_while_revalidate,
+                stale_if_error=lifetime.stale_if_error,
+            )
+        return lifetime_of(fetched.reply, limits, self._now())
 
     def _store(self, key: str, entry: _Entry) -> str:
         """Keep *entry*; give why not, or nothing."""
@@ -351,10 +377,10 @@ class AnswerCache:
         """Have the answer of *call* fetched anew, unless that is being done."""
         if call.key not in self._refreshing:
             self._refreshing.add(call.key)
-            self._spawn(self._refreshed(call), f"refresh {self.name}")
+            call.spawn(self._refreshed(call), f"refresh {self.name}")
 
     async def _refreshed(self, call: _Call) -> None:
-        again = _Call(call.key, call.refresh, call.refresh)
+        again = _Call(call.key, call.refresh, call.refresh, call.spawn)
         try:
             if not self._waits:
                 await self._asked(again)
@@ -432,7 +458,10 @@ def _of_follower(verdict: CacheVerdict) -> CacheVerdict:
     return CacheVerdict("collapsed", ttl=verdict.ttl)
 
 
-def _is_starved(error: BaseException | None) -> bool:
+def _is_his_own(error: BaseException | None) -> bool:
+    """Whether *error* says nothing to others: there was no time for him, or nothing to ask with."""
+    if isinstance(error, UpstreamConnectError):
+        return error.local
     return isinstance(error, UpstreamTimeoutError) and error.starved
 
 

@@ -5,8 +5,9 @@ Rule 1: a failure is what another viewer would meet as well: no connection, a co
 breaks, an answer that is none, a status from 500 on, no answer in a time that was fair.
 Rule 2: any other whole answer is a success, 404 and "no ad" too: the server is there.
 Rule 3: neutral is what tells nothing about the server: the caller went away, the deadline of the
-ad request left it less than FAIR of its own time, an address that hops may not reach, sockets that
-this machine did not have.
+ad request left it less than FAIR of its own time, this process was busy when its answer came, an
+address that hops may not reach, sockets that this machine did not have. Where strangers name the
+hosts, a name that does not exist is neutral too: anybody can make one up below another's domain.
 """
 
 import asyncio
@@ -56,18 +57,23 @@ def of_reply(reply: HopReply, now: float) -> Judgement:
     return OK
 
 
-def of_error(error: BaseException, *, fair: bool) -> Judgement:
-    """Judge a call that ended in *error*; *fair* says whether it had a fair time to answer."""
-    if isinstance(error, UpstreamTimeoutError):
-        return Judgement("failed", str(error)) if fair else NEUTRAL
-    if isinstance(error, EgressBlockedError):
-        return NEUTRAL
-    if isinstance(error, UpstreamConnectError) and error.local:
-        return NEUTRAL
-    if isinstance(error, UpstreamError):
-        return Judgement("failed", str(error))
-    # Cancelled, or a mistake of ours: neither is the server's.
-    return NEUTRAL
+def of_error(error: BaseException, *, fair: bool, made_up: bool = False) -> Judgement:
+    """
+    Judge a call that ended in *error*.
+
+    *fair* says whether it had a fair time to answer, *made_up* whether a stranger named its host.
+    """
+    match error:
+        case UpstreamTimeoutError():
+            is_neutral = error.late or not fair
+        case UpstreamConnectError():
+            is_neutral = error.local or (error.unknown and made_up)
+        case EgressBlockedError():
+            is_neutral = True
+        case _:
+            # Cancelled, or a mistake of ours: neither is the server's.
+            is_neutral = not isinstance(error, UpstreamError)
+    return NEUTRAL if is_neutral else Judgement("failed", str(error))
 
 
 def retry_after(value: str | None, now: float) -> float | None:

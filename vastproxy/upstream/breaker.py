@@ -202,7 +202,13 @@ class UpstreamBreaker:
             return self._probe(now)
         if self.settings.mode == "shadow":
             return Ticket(facts.epoch, refused=refused)
-        raise UpstreamRefusedError(refused, by="breaker")
+        raise UpstreamRefusedError(refused, by="breaker", of=self.name)
+
+    def leaves_alone(self) -> bool:
+        """Whether a call would certainly be refused now; nothing changes by asking."""
+        if self._facts.current != "open" or self.settings.mode == "shadow":
+            return False
+        return self.held or self._clock() < self._until
 
     def _refusal(self, now: float) -> str:
         """Say why no call may be made now; empty if one may."""
@@ -423,4 +429,6 @@ def _failures(number: int) -> str:
 
 def _in_words(seconds: float) -> str:
     """Give *seconds* as a person would say them."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.0f} s" if seconds >= WHOLE_SECONDS else f"{round(seconds, 1):g} s"

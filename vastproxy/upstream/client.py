@@ -45,6 +45,15 @@ _OWN_FAULT = frozenset(
 )
 """Of the system: no sockets, no memory, no ports on this side."""
 
+ON_TIME = 0.02
+"""Seconds after a deadline at which it is noticed, if the loop is on time. Later, the process was
+busy with something else, and the answer may have waited to be read."""
+
+_NO_RESOLVER = ("Could not contact DNS servers", "Error reading file")
+"""c-ares' words for a resolver that is not there, or no sockets to ask it with."""
+
+_CLOSING = "the proxy closes its connections"
+
 DNS_TTL = 30
 DNS_TIMEOUT = 0.5
 """Seconds for one try of a name server; aiodns' default waits 12 s for a silent one."""
@@ -84,6 +93,7 @@ class AiohttpClient:
         self._policy = policy
         self._resolver = resolver or default_resolver
         self._stack = AsyncExitStack()
+        self._is_closing = False
         self._sessions: dict[_Pool, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> Self:
@@ -99,6 +109,7 @@ class AiohttpClient:
             for session in self._sessions.values():
                 await stack.enter_async_context(session)
             self._stack = stack.pop_all()
+        self._is_closing = False
         return self
 
     async def __aexit__(
@@ -107,6 +118,8 @@ class AiohttpClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # What is still under way breaks off now, and nobody out there is to blame for it.
+        self._is_closing = True
         self._sessions = {}
         await self._stack.aclose()
 
@@ -114,12 +127,17 @@ class AiohttpClient:
         """Ask once, as :meth:`HopClient.get` says."""
         if not request.trusted and (problem := self._policy.url_problem(request.url)):
             raise EgressBlockedError(problem)
+        if self._is_closing:
+            raise UpstreamConnectError(_CLOSING, local=True)
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._ask(request)
         except TimeoutError:
-            raise UpstreamTimeoutError("no whole answer") from None
+            late = asyncio.get_running_loop().time() - deadline > ON_TIME
+            raise UpstreamTimeoutError("no whole answer", late=late) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if self._is_closing:
+                raise UpstreamConnectError(_CLOSING, local=True) from error
             raise _mapped(error) from error
 
     async def _ask(self, request: HopRequest) -> HopReply:
@@ -177,13 +195,23 @@ def _mapped(error: Exception) -> UpstreamError:
     # Addresses refused for unlike reasons arrive as one error that has lost its type.
     if str(EgressRefused("")) in str(cause):
         return EgressBlockedError(str(cause))
-    words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    local = isinstance(cause, OSError) and cause.errno in _OWN_FAULT
+    words = f"{type(error).__name__}: {' '.join(_said(error).split())}"[:300]
+    unknown = isinstance(error, aiohttp.ClientConnectorDNSError)
+    local = isinstance(cause, OSError) and (
+        cause.errno in _OWN_FAULT or (unknown and any(each in words for each in _NO_RESOLVER))
+    )
     # Where TLS failed it would fail again.
     is_tls = isinstance(error, aiohttp.ClientSSLError)
     if local or (isinstance(error, aiohttp.ClientConnectorError) and not is_tls):
-        return UpstreamConnectError(words, local=local)
+        return UpstreamConnectError(words, local=local, unknown=unknown)
     return UpstreamError(words)
+
+
+def _said(error: Exception) -> str:
+    """Give what *error* says, without the URL: it may name a viewer, or hold a key."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{error.status}, {error.message}"
+    return "no usable URL" if isinstance(error, aiohttp.InvalidURL) else str(error)
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

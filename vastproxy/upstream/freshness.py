@@ -61,13 +61,17 @@ class Lifetime:
         )
 
 
-def lifetime_of(reply: HopReply, limits: Limits, now: float) -> Lifetime | str:
+def lifetime_of(
+    reply: HopReply, limits: Limits, now: float, *, redirect: bool = False
+) -> Lifetime | str:
     """
     Give how long *reply* may be kept; or, in a word, why it may not be.
 
-    *now* is in Unix seconds: when it came.
+    *now* is in Unix seconds: when it came. Of a *redirect*: how long what it leads to may be.
     """
     said = _directives(reply)
+    if not redirect and reply.status not in KEPT_STATUSES:
+        return "status"
     if reason := _forbidden(reply, said, limits.vary):
         return reason
     age = _age(reply)
@@ -100,8 +104,6 @@ def _directives(reply: HopReply) -> dict[str, float]:
 
 def _forbidden(reply: HopReply, said: dict[str, float], vary: frozenset[str]) -> str:
     """Say what forbids to keep *reply* for any time; empty where nothing does."""
-    if reply.status not in KEPT_STATUSES:
-        return "status"
     if reply.header("set-cookie") is not None:
         return "set-cookie"
     for each in ("no-store", "private", "no-cache"):

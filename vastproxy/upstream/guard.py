@@ -10,7 +10,7 @@ Rule 3: a call goes out again only where nothing was sent, within a budget and i
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal, Protocol
 
@@ -27,6 +27,9 @@ HOPS = "(hops)"
 
 KEPT_CALLS = 512
 """Of a guard: the newest, for their times."""
+
+MAX_HOPS_IN_FLIGHT = 1000
+"""Calls of all sites together; beyond it a hop fails at once, and is nobody's fault."""
 
 MAX_SAVED_RETRIES = 10.0
 """Retries that a quiet time lets grow."""
@@ -101,6 +104,8 @@ class Call:
     trace: Trace
     fair: Callable[[], bool]
     """Tells, before it is made, whether it has a fair time to be answered."""
+    made_up: bool = False
+    """Whether a stranger named the host."""
 
 
 class RetryBudget:
@@ -133,21 +138,31 @@ class RetryBudget:
 
 @dataclass(slots=True)
 class Crowd:
-    """How many calls are under way, of several guards together."""
+    """How many calls are under way."""
 
-    most: int
     now: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a guard remembers of its calls."""
+
+    crowd: Crowd = field(default_factory=Crowd)
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    calls: Counter[str] = field(default_factory=Counter)
+    """By what came of them."""
 
 
 class Guard:
     """
     What stands around the calls called *name*.
 
-    *telling* hears of each. *crowd* is what it shares with other guards, all of which are told
-    under one name: HOPS.
+    *telling* hears of each. *hops* counts the calls of all sites, and says that this is one of
+    them: they are told under one name, HOPS. *record* is that of the guard in whose place this one
+    comes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all of them what a guard is made of
         self,
         name: str,
         settings: GuardSettings,
@@ -155,7 +170,8 @@ class Guard:
         rate: Rate | None = None,
         breaker: UpstreamBreaker | None = None,
         telling: Telling | None = None,
-        crowd: "Crowd | None" = None,
+        hops: Crowd | None = None,
+        record: Record | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -164,14 +180,20 @@ class Guard:
         if breaker is None and settings.breaker is not None:
             self.breaker = UpstreamBreaker(name, settings.breaker)
         self._telling: Telling = Silence() if telling is None else telling
-        self.label = HOPS if crowd else name
+        self.label = name if hops is None else HOPS
         """What numbers call it."""
-        self._crowd = crowd or Crowd(settings.max_in_flight)
+        self._hops = Crowd() if hops is None else hops
         self._retries = RetryBudget(settings.retry_share)
-        self._seconds: deque[float] = deque(maxlen=KEPT_CALLS)
-        self.calls: Counter[str] = Counter()
+        # Calls that are under way outlive a reload, and are as many as before.
+        self.record = Record() if record is None else record
+        self._crowd = self.record.crowd
+        self.calls = self.record.calls
         """By what came of them."""
-        self.in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls are under way."""
+        return self._crowd.now
 
     async def ask(self, call: Call) -> HopReply:
         """
@@ -179,58 +201,90 @@ class Guard:
 
         Raises UpstreamRefusedError where it may not be made, and what the call raises.
         """
-        self._retries.save()
+        try:
+            return await self._ask(call, again=False)
+        except UpstreamConnectError as error:
+            failure = error
         for _ in range(self.settings.attempts):
+            if not self._may_repeat(failure, call):
+                break
+            self.calls["retried"] += 1
+            self._telling.retried(self.label)
             try:
-                return await self._ask(call)
+                return await self._ask(call, again=True)
+            except UpstreamRefusedError:
+                break  # the failure says more
             except UpstreamConnectError as error:
-                if error.local or not call.fair() or not self._retries.spend():
-                    raise
-                self.calls["retried"] += 1
-                self._telling.retried(self.label)
-                if self._is_refused():
-                    raise
-        return await self._ask(call)
+                failure = error
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback has this frame
 
-    def _is_refused(self) -> bool:
-        """Whether a repetition would be refused: then the failure itself says more."""
-        return self.breaker is not None and self.breaker.state == "open"
+    def _may_repeat(self, error: UpstreamConnectError, call: Call) -> bool:
+        if error.local or not call.fair() or self._refuses():
+            return False
+        return self._retries.spend()
 
-    async def _ask(self, call: Call) -> HopReply:
+    def _refuses(self) -> bool:
+        """Whether the breaker would refuse a call, as far as can be said without asking it."""
+        return self.breaker is not None and self.breaker.leaves_alone()
+
+    async def _ask(self, call: Call, *, again: bool) -> HopReply:
         self._check_room()
-        await self._take_turn()
-        fair = call.fair()
-        ticket = self._admit(call.trace)
-        self.in_flight += 1
+        # Counted before anything is waited for: else a crowd passes the bound meanwhile.
         self._crowd.now += 1
+        self._hops.now += 1
+        try:
+            if not self._refuses():
+                await self._take_turn()
+            fair = call.fair()
+            ticket = self._admit(call.trace)
+            if not again:
+                self._retries.save()
+            return await self._make(call, ticket, fair=fair)
+        finally:
+            self._crowd.now -= 1
+            self._hops.now -= 1
+
+    async def _make(self, call: Call, ticket: Ticket | None, *, fair: bool) -> HopReply:
         began = perf_counter()
         judged = NEUTRAL
         try:
             reply = await call.make()
             judged = of_reply(reply, time.time())
         except BaseException as error:
-            judged = of_error(error, fair=fair)
+            judged = of_error(error, fair=fair, made_up=call.made_up)
             raise
         finally:
-            self.in_flight -= 1
-            self._crowd.now -= 1
-            self._settle(ticket, judged, perf_counter() - began, call.trace)
+            self._settle(ticket, self._once(judged, call.trace), perf_counter() - began, call.trace)
         return reply
+
+    def _once(self, judged: Judgement, trace: Trace) -> Judgement:
+        """Take one failure of a site for an ad request, and no more: a pod may name it often."""
+        if judged.outcome != "failed" or self.label != HOPS:
+            return judged
+        if self.name in trace.blamed:
+            return NEUTRAL
+        trace.blamed.add(self.name)
+        return judged
 
     def _check_room(self) -> None:
         most = self.settings.max_in_flight
-        if self.in_flight < most and self._crowd.now < self._crowd.most:
+        if self._crowd.now >= most:
+            problem = f"{most} calls of {self.name} are under way"
+        elif self._hops.now >= MAX_HOPS_IN_FLIGHT and self.label == HOPS:
+            problem = f"{MAX_HOPS_IN_FLIGHT} calls of hops are under way"
+        else:
             return
         self._refuse("busy")
-        here = self.in_flight >= most
-        number, whose = (most, self.name) if here else (self._crowd.most, "hops together")
-        raise UpstreamRefusedError(f"{number} calls of {whose} are under way", by="busy")
+        raise UpstreamRefusedError(problem, by="busy", of=self.name)
 
     async def _take_turn(self) -> None:
         if self.rate is not None and not await self.rate.take():
             self._refuse("rate_limit")
             what = f"{self.name} may be asked {self.rate.rate:g} times a second"
-            raise UpstreamRefusedError(what, by="rate_limit")
+            raise UpstreamRefusedError(what, by="rate_limit", of=self.name)
 
     def _admit(self, trace: Trace) -> Ticket | None:
         if self.breaker is None:
@@ -255,7 +309,7 @@ class Guard:
     ) -> None:
         self.calls[judged.outcome] += 1
         if judged.outcome != "neutral":
-            self._seconds.append(seconds)
+            self.record.seconds.append(seconds)
         self._telling.upstream_called(self.label, judged.outcome, seconds)
         if ticket is None or self.breaker is None:
             return
@@ -287,7 +341,7 @@ class Guard:
             "in_flight": self.in_flight,
             "max_in_flight": self.settings.max_in_flight,
             "calls": {each: self.calls[each] for each in _TOLD},
-            "latency_ms": latencies(self._seconds),
+            "latency_ms": latencies(self.record.seconds),
         }
 
     def __repr__(self) -> str:

@@ -29,25 +29,30 @@ from vastproxy.upstream.urls import Target
 MAX_SITES = 1000
 """Sites that are remembered: a chain's author can make up as many names as he likes."""
 
-MAX_HOPS_IN_FLIGHT = 1000
-"""Calls of all sites together; beyond it a hop fails at once, and is nobody's fault."""
+_USUAL = frozenset({("http", 80), ("https", 443)})
 
 
-def site_of(host: str, port: int, is_public_suffix: Callable[[str], bool]) -> str:
+def site_of(place: Target, is_public_suffix: Callable[[str], bool]) -> str:
     """
-    Give what *host* is counted under: its registrable domain.
+    Give what *place* is counted under: its registrable domain.
 
-    An address, and a name that is none of a registry's, is taken with its port.
+    An address, and a name that is none of a registry's, is taken with its port; a domain at an
+    unusual port, with port and scheme: who names such a one shall not harm the usual one.
     """
-    name = host.rstrip(".").lower()
-    labels = name.split(".")
-    if _is_address(name) or len(labels) == 1:
-        return f"{name}:{port}"
+    name = place.host.rstrip(".").lower()
+    if _is_address(name) or "." not in name:
+        return f"{name}:{place.port}"
+    site = _registrable(name.split("."), is_public_suffix)
+    usual = (place.scheme, place.port) in _USUAL
+    return site if usual else f"{place.scheme}://{site}:{place.port}"
+
+
+def _registrable(labels: list[str], is_public_suffix: Callable[[str], bool]) -> str:
     # From the longest name down: the last one above a public suffix is what somebody registered.
     for at in range(1, len(labels)):
         if is_public_suffix(".".join(labels[at:])):
             return ".".join(labels[at - 1 :])
-    return name
+    return ".".join(labels)
 
 
 def _is_address(name: str) -> bool:
@@ -56,6 +61,10 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _of_breaker(settings: GuardSettings) -> tuple[object, ...]:
+    return settings.breaker, settings.share_quorum
 
 
 class Sharing(Protocol):
@@ -93,11 +102,9 @@ class Guards:
         self._upstreams: dict[str, Guard] = {}
         self._hops = GuardSettings()
         self._hearing: dict[UpstreamBreaker, Callable[[BreakerChange], None]] = {}
-        self._crowd = Crowd(MAX_HOPS_IN_FLIGHT)
+        self._crowd = Crowd()
         self._sites = Recent(self._site, MAX_SITES, dropped=self._retire)
-        self._site_of = lru_cache(maxsize=MAX_SITES)(
-            lambda host, port: site_of(host, port, is_public_suffix)
-        )
+        self._is_public_suffix = lru_cache(maxsize=MAX_SITES)(is_public_suffix)
 
     def use(self, upstreams: Mapping[str, GuardSettings], hops: GuardSettings) -> None:
         """Guard *upstreams*, and all else as *hops* says; what stays the same goes on as it is."""
@@ -121,22 +128,31 @@ class Guards:
 
     def site(self, place: Target) -> Guard:
         """Give the guard of the site that *place* belongs to."""
-        return self._sites.of(self._site_of(place.host, place.port))
+        return self._sites.of(site_of(place, self._is_public_suffix))
 
     def _upstream(self, name: str, settings: GuardSettings, old: Guard | None) -> Guard:
         if old is not None and old.settings == settings:
             return old
-        same = old is not None and (
-            (old.settings.breaker, old.settings.about, old.settings.share_quorum)
-            == (settings.breaker, settings.about, settings.share_quorum)
+        breaker = rate = None
+        if old is not None and old.settings.about == settings.about:
+            if old.settings.rate == settings.rate:
+                rate = old.rate
+            if _of_breaker(old.settings) == _of_breaker(settings):
+                breaker = old.breaker
+        else:
+            old = None
+        if breaker is None:
+            breaker = self._breaker(name, settings, name)
+        if rate is None and settings.rate is not None:
+            rate = self._rate(name, settings.rate)
+        record = None if old is None else old.record
+        return Guard(
+            name, settings, rate=rate, breaker=breaker, telling=self._telling, record=record
         )
-        breaker = old.breaker if same and old is not None else self._breaker(name, settings, name)
-        rate = None if settings.rate is None else self._rate(name, settings.rate)
-        return Guard(name, settings, rate=rate, breaker=breaker, telling=self._telling)
 
     def _site(self, name: str) -> Guard:
         breaker = self._breaker(name, self._hops, HOPS)
-        return Guard(name, self._hops, breaker=breaker, telling=self._telling, crowd=self._crowd)
+        return Guard(name, self._hops, breaker=breaker, telling=self._telling, hops=self._crowd)
 
     def _breaker(self, name: str, settings: GuardSettings, label: str) -> UpstreamBreaker | None:
         if settings.breaker is None:
@@ -162,6 +178,9 @@ class Guards:
             self._sharing.remove(breaker)
         if breaker.state != "closed":
             self._telling.breaker_changed(guard.label, breaker.state, "closed")
+            if guard.label != HOPS:
+                reason = "the configuration changed"
+                self._changed(BreakerChange(guard.name, breaker.state, "closed", reason))
 
     def told(self) -> dict[str, list[dict[str, object]]]:
         """Say how upstreams and sites are."""

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from vastproxy.config.units import Source
+from vastproxy.errors import UpstreamError, VastError
 from vastproxy.model import HopReply
 from vastproxy.session.session import Fetched
 from vastproxy.upstream.freshness import KEPT_STATUSES, Lifetime, Limits
@@ -131,8 +132,6 @@ class Answer:
     facts: Facts
     live: object | None = None
     """The parsed document, of who asked himself."""
-    set_cookies: bool = False
-    """Whether any reply of the redirect chain had a ``Set-Cookie``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,8 @@ class CacheVerdict:
     """Why it is not stored, or stale, or the cache had no part in it."""
     outdated: bool = False
     """Whether there was one, but too old to be given."""
+    error: UpstreamError | VastError | None = None
+    """For what a stale answer stands in."""
 
     def header(self, upstream: str) -> str:
         """Give the member of ``Cache-Status`` (RFC 9211); players may see it, so it has no why."""
@@ -205,7 +206,7 @@ def _without(url: str, ignored: frozenset[str]) -> str:
     """Take the parameters *ignored* out of the query of *url*; all else stays byte for byte."""
     path, mark, query = url.partition("#")[0].partition("?")
     kept = [each for each in query.split("&") if each.partition("=")[0] not in ignored]
-    return f"{path}{mark}{'&'.join(kept)}"
+    return f"{path}?{'&'.join(kept)}" if mark and any(kept) else path
 
 
 def _seconds(text: str) -> tuple[float, ...]:

@@ -203,7 +203,7 @@ class SharedRate:
         limits: RateLimiter,
         turns: Turns,
         *,
-        spawn: Callable[[Coroutine[Any, Any, None], str], None],
+        spawn: Callable[[Coroutine[Any, Any, None], str], object],
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
     ) -> None:

@@ -117,7 +117,8 @@ class VastChainResolver:
             else:
                 entry = _given(session, document)
         except (UpstreamError, VastError) as error:
-            return Resolution(None, error.vast_code, str(error), refused_by(error))
+            refused = refused_by(error, session.upstream.name)
+            return Resolution(None, error.vast_code, str(error), refused)
         return await self.resolve_document(
             session, entry.document, entry.url, entry.number, judge=judge
         )
@@ -304,7 +305,7 @@ async def _fetch(
         raise
     told.milliseconds = (perf_counter() - began) * 1000
     found = outcome.document if isinstance(outcome, _Document) else None
-    error = None if isinstance(outcome, _Document) else outcome
+    error = told.stood_in_for if isinstance(outcome, _Document) else outcome
     session.trace.add(_hop(session, place, told, found, error))
     return outcome
 
@@ -317,6 +318,8 @@ class _Told:
     milliseconds: float = 0.0
     cache: str = ""
     problem: str = ""
+    stood_in_for: UpstreamError | VastError | None = None
+    """What went wrong where a stale answer was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,12 +337,15 @@ async def _kept(entry: _Entrance, told: _Told) -> "_Document":
     session, upstream = entry.session, entry.upstream
     cache = upstream.protection.cache
     assert cache is not None  # noqa: S101 - the caller looked
+    told.cache = "miss (upstream failed)"
     answer, verdict = await cache.through(
         upstream.asking(session, entry.url, entry.params),
         lambda: _answered(session, entry.url, told.exchanges),
         lambda: _refreshed(entry),
+        upstream.protection.spawn,
     )
     told.cache = verdict.words
+    told.stood_in_for = verdict.error
     session.trace.cache_status.append(verdict.header(upstream.name))
     fetched = answer.fetched
     live = answer.live
@@ -354,8 +360,8 @@ async def _answered(session: VastSession, url: str, exchanges: list[Exchange]) -
         document = await read(fetched.reply)
     except NoAdError:
         none = Facts(filled=False, priced=False, expires=None)
-        return Answer(fetched, none, set_cookies=fetched.set_cookies)
-    return Answer(fetched, facts_of_document(document), document, fetched.set_cookies)
+        return Answer(fetched, none)
+    return Answer(fetched, facts_of_document(document), document)
 
 
 async def _refreshed(entry: _Entrance) -> Answer:
@@ -365,9 +371,16 @@ async def _refreshed(entry: _Entrance) -> Answer:
         return await _answered(own, entry.upstream.entry_url(own, entry.params), [])
 
 
-def refused_by(error: UpstreamError | VastError) -> str:
-    """Say what kept the proxy from asking; empty where nothing did."""
-    return error.by if isinstance(error, UpstreamRefusedError) else ""
+def refused_by(error: UpstreamError | VastError, upstream: str = "") -> str:
+    """
+    Say what kept the proxy from asking; empty where nothing did.
+
+    With the name of an *upstream*, only its own guard counts, and not that of a site that it
+    redirects to.
+    """
+    if not isinstance(error, UpstreamRefusedError) or (upstream and error.of != upstream):
+        return ""
+    return error.by
 
 
 async def read(reply: HopReply) -> VastDocument:

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Literal, Self
 
 from vastproxy.config.template import Placeholder, Template
-from vastproxy.config.units import check_authority, parse_network
+from vastproxy.config.units import Source, check_authority, parse_network
 from vastproxy.errors import EgressBlockedError, RedirectError, UpstreamTimeoutError
 from vastproxy.model import AdRequest, Device, HopReply, HopRequest, Query
 from vastproxy.observe.trace import Exchange, Trace
@@ -18,7 +18,7 @@ from vastproxy.session.cookies import CookieJar
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Fetched, TimestampStyle, VastSession
 from vastproxy.state.base import StateBackend
-from vastproxy.upstream.answers import AnswerCache, Asking
+from vastproxy.upstream.answers import AnswerCache, Asking, Spawn
 from vastproxy.upstream.blame import had_fair_time
 from vastproxy.upstream.client import AiohttpClient, HopClient
 from vastproxy.upstream.egress import EgressPolicy, own_addresses
@@ -82,6 +82,8 @@ class Protection:
     """Gives what is around all others."""
     cache: AnswerCache | None = None
     """What its endpoint answered before."""
+    spawn: Spawn | None = None
+    """Starts what nobody waits for, as long as there are connections; None: as the cache does."""
 
     @classmethod
     def none(cls, name: str) -> Self:
@@ -247,6 +249,7 @@ class VastUpstream:
         look = lookup(facts.ad_request, facts.viewer)
         own = [f"{name}: {each.render(look, str)}" for name, each in self.settings.headers]
         vary = self.cache.settings.vary if self.cache is not None else ()
+        forwarded = [f"{name}={value}" for name, value in session.context.cookies.items()]
         place = target(url)
         jar = session.jar_of(self.settings.cookies)
         sent = jar is not None and jar.header_for(
@@ -255,7 +258,7 @@ class VastUpstream:
         return Asking(
             url=same,
             viewer=facts.viewer,
-            varying=(*(found(each, facts.ad_request) for each in vary), *own),
+            varying=(*(_said(each, session) for each in vary), *own, *forwarded),
             has_cookies=bool(sent or (jar is not None and session.context.cookies)),
             deadline=self._limit(session)[0],
         )
@@ -329,6 +332,7 @@ class VastUpstream:
         jar = session.jar_of(self.settings.cookies)
         hop = _Hop(self, session.trace, jar, limit, exchanges)
         sent = self._headers(session, trusted=trusted, further=headers or {})
+        on_the_way: list[HopReply] = []
         for _ in range(MAX_REDIRECTS + 1):
             place = target(url)
             if trusted and jar is not None:
@@ -340,7 +344,9 @@ class VastUpstream:
                 when = "before the deadline" if starved else f"in {self.settings.timeout:g} s"
                 raise UpstreamTimeoutError(f"{error.reason} {when}", starved=starved) from None
             if reply.status not in _REDIRECTS:
-                return Fetched(reply, place.url, hop.set_cookies)
+                told = hop.set_cookies, hop.sent_cookies
+                return Fetched(reply, place.url, *told, tuple(on_the_way))
+            on_the_way.append(reply)
             url = joined(place.url, reply.header("location") or "")
             if trusted:
                 trusted, sent = False, self._headers(session, trusted=False, further={})
@@ -384,6 +390,8 @@ class _Hop:
     exchanges: list[Exchange]
     set_cookies: bool = False
     """Whether an answer wanted any kept."""
+    sent_cookies: bool = False
+    """Whether any were sent."""
 
     async def ask(
         self, place: Target, headers: tuple[tuple[str, str], ...], *, trusted: bool
@@ -391,12 +399,13 @@ class _Hop:
         """Ask through the guard of who is asked. Raises UpstreamError."""
         protection = self.upstream.protection
         guard = protection.entry if trusted else protection.site(place)
-        own = self.upstream.settings.timeout
+        settings = self.upstream.settings
         return await guard.ask(
             Call(
                 lambda: self._once(place, headers, trusted=trusted),
                 self.trace,
-                lambda: had_fair_time(self.limit, own),
+                lambda: had_fair_time(self.limit, settings.timeout),
+                made_up=not trusted or settings.endpoint.starts_with_placeholder,
             )
         )
 
@@ -406,6 +415,7 @@ class _Hop:
         """Ask once; log it, whatever comes of it."""
         cookie, sent = self._cookies(place)
         if cookie:
+            self.sent_cookies = True
             headers = (*headers, ("Cookie", cookie))
         began = perf_counter()
         status: int | None = None
@@ -465,6 +475,17 @@ def lookup(request: AdRequest, viewer: str) -> Callable[[Placeholder], str]:
                 return _safe_rest(request.rest)
 
     return look
+
+
+def _said(source: Source, session: VastSession) -> str:
+    """Give what *source* names, and what an ad server is told in its place."""
+    said = found(source, session.request_facts.ad_request)
+    if source.kind != "header":
+        return said
+    # A device behind a trusted proxy: its own headers are what ad servers see.
+    name = source.name.lower()
+    told = [value for key, value in session.device_headers if key.lower() == name]
+    return "\n".join([said, *told])
 
 
 def _templates(texts: Mapping[str, str]) -> tuple[tuple[str, Template], ...]:

@@ -20,6 +20,7 @@ from vastproxy.flow.beacons import PATH
 from vastproxy.flow.routing import Route, Router
 from vastproxy.model import AdRequest, AdResponse
 from vastproxy.observe.metrics import Outcome, RequestMetrics
+from vastproxy.observe.tasks import Tasks
 from vastproxy.session.context import new_request_id
 from vastproxy.vast.serialise import empty
 from vastproxy.web.handlers import (
@@ -57,7 +58,8 @@ class Player:
     """
     Answers players.
 
-    *ads* answers ad requests, *router* finds their routes, *metrics* counts them.
+    *ads* answers ad requests, *router* finds their routes, *metrics* counts them; *tasks* owns what
+    goes on when a player has gone.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Player:
         router: Router,
         settings: PlayerSettings,
         metrics: RequestMetrics | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
+        self._tasks = Tasks("beacons") if tasks is None else tasks
         self._ads = ads
         self._router = router
         self._settings = settings
@@ -101,7 +105,9 @@ class Player:
             return refused(request, 405, "beacons are sent with GET")
         try:
             beacons = self._ads.beacons
-            result = await beacons.take(token) if beacons else "forged"
+            # Players send them as they close, and do not wait: they count all the same.
+            counting = beacons.take(token) if beacons else None
+            result = await self._tasks.finish(counting, "beacon") if counting else "forged"
         except Exception:  # noqa: BLE001 - a mistake of ours is none of the player's
             self._log.exception("beacon.failed")
             return beacon_answer(request, token, 204)
@@ -120,6 +126,9 @@ class Player:
             else:
                 asked = self._read(request, route, rest, received)
                 response = await self._ads.answer(route, asked)
+        except asyncio.CancelledError:
+            self._gone(route, perf_counter() - began)
+            raise
         except Exception:  # noqa: BLE001 - the player gets an empty VAST, whatever it was
             response = AdResponse(empty(), new_request_id(), flags=("no_ad", "internal_error"))
             self._log.exception("request.failed", request_id=response.request_id, route=route.path)
@@ -144,6 +153,12 @@ class Player:
             ms=round(took * 1000, 1),
         )
         return answered(request, response, took)
+
+    def _gone(self, route: Route, took: float) -> None:
+        """Take note of a player that went away before the answer: there is none."""
+        self._metrics.answered(route.path, "gone", 0, took)
+        ms = round(took * 1000, 1)
+        self._log.info("request", route=route.path, ads=0, flags=("gone",), status=None, ms=ms)
 
     def _read(
         self, request: web.BaseRequest, route: Route, rest: str, received: float
