@@ -47,9 +47,6 @@ FRESH = 1.0
 STALE = 1.5
 """Seconds after that in which answers stand in for an upstream that is dead."""
 
-MARGIN = 0.4
-"""Seconds by which the machine may be late, where time itself is what is looked at."""
-
 PRICE = 0.25
 """Of an ad."""
 
@@ -223,8 +220,10 @@ class Audience:
         return {each: who for each, who in self.given.items() if len(who) > 1}
 
 
-async def ask_all(player: Player, cases: Sequence[Case], audience: Audience) -> None:
-    """Let viewers ask for each of *cases*, several at one time, twice for one of them."""
+async def ask_all(
+    player: Player, cases: Sequence[Case], audience: Audience, times: int = 1
+) -> None:
+    """Let viewers ask for each of *cases*, several at one time; all of that so many *times*."""
 
     async def asked(case: Case, uid: str) -> None:
         """Ask as one viewer."""
@@ -234,8 +233,9 @@ async def ask_all(player: Player, cases: Sequence[Case], audience: Audience) -> 
         audience.saw(uid, answer.body)
 
     for at in range(0, len(cases), 16):
-        some = itertools.product(cases[at : at + 16], ("ann", "ann", "bob", "", ""))
-        await asyncio.gather(*(asked(case, uid) for case, uid in some))
+        some = list(itertools.product(cases[at : at + 16], ("ann", "ann", "bob", "", "")))
+        for _ in range(times):
+            await asyncio.gather(*(asked(case, uid) for case, uid in some))
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +275,8 @@ async def test_sold_impressions_are_given_once(
     ads.replies["/end"] = Seller()
     audience = Audience()
     async with Player(paid_proxy.base) as player:
-        for _ in range(2):
-            await ask_all(player, CASES, audience)
-        kept = time.monotonic()
-        await asyncio.sleep(max(0.0, kept + FRESH - time.monotonic()))
+        await ask_all(player, CASES, audience, times=2)
+        await asyncio.sleep(FRESH)
         await ask_all(player, [each for each in CASES if each.old], audience)
         for each in sellers.values():
             each.is_dead = True
@@ -384,7 +382,7 @@ def all_upstreams(base: str, gone: str) -> dict[str, dict[str, Any]]:
         "redis": {**house, "redis": True},
         "personal": {"ttl": "60s"},
         "renewed": {**brief, "stale_while_revalidate": "10s"},
-        **{name: {**house, "no_fill_ttl": "400ms"} for name in NO_ADS},
+        **{name: {**house, "no_fill_ttl": "900ms"} for name in NO_ADS},
         "empty-off": {**house, "no_fill_ttl": "off"},
         "varied": {**house, "vary": ["header:Accept-Language"]},
         "device": {**house, "vary": ["header:User-Agent"]},
@@ -602,7 +600,9 @@ def test_stale_answer_is_renewed(proxy: Proxy, ads: AdServer) -> None:
     wait_for(lambda: impressions(first.body) != impressions(proxy.get("/renewed").body))
 
     assert impressions(first.body) == impressions(stale.body)
-    assert {"hit": "", "ttl": "-1", "detail": "renewed"} == cache_status(stale)
+    said = cache_status(stale)
+    assert 0 > int(said.pop("ttl"))
+    assert {"hit": "", "detail": "renewed"} == said
     assert 2 == len(ads.seen("/renewed"))
 
 
@@ -651,7 +651,9 @@ def test_cache_status(proxy: Proxy, ads: AdServer) -> None:
     passed_by = proxy.get("/bypass", [("Cookie", "session=1")])
 
     assert {"fwd": "uri-miss", "stored": "", "detail": "bypass"} == cache_status(missed)
-    assert {"hit": "", "ttl": "59", "detail": "bypass"} == cache_status(hit)
+    said = cache_status(hit)
+    assert 50 < int(said.pop("ttl")) < 60
+    assert {"hit": "", "detail": "bypass"} == said
     assert {"fwd": "bypass", "detail": "bypass"} == cache_status(passed_by)
     assert 2 == len(ads.seen("/bypass"))
     wait_for(lambda: 3 == len(proxy.records(event="request", route="/bypass")))

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
+from lxml import etree
+
 from vastproxy.config.units import Source
 from vastproxy.errors import UpstreamError, VastError
 from vastproxy.model import HopReply
 from vastproxy.session.session import Fetched
 from vastproxy.upstream.freshness import KEPT_STATUSES, Lifetime, Limits
-from vastproxy.vast.document import VastDocument, child, text_of
+from vastproxy.vast.document import VastDocument, child, local_name, text_of
 
 DEFAULT_IGNORED = frozenset(
     ("cb", "cachebuster", "cachebusting", "correlator", "ord", "random", "rnd", "timestamp")
@@ -195,11 +197,17 @@ def facts_of_document(document: VastDocument) -> Facts:
         for each in _seconds(text_of(found))
     ]
     return Facts(
-        filled=bool(ads),
-        # Anywhere in the ad: a price in an extension is one as well.
-        priced=any(next(ad.element.iter("{*}Pricing"), None) is not None for ad in ads),
+        filled=bool(ads) or _has_impressions(document),
+        # Anywhere: a price in an extension is one as well, and one in what is no ad to us.
+        priced=next(document.root.iter("{*}Pricing"), None) is not None,
         expires=min(expires, default=None),
     )
+
+
+def _has_impressions(document: VastDocument) -> bool:
+    """Whether *document* has what a player that is less strict than we are may show and count."""
+    found = (local_name(each).lower() for each in document.root.iter(etree.Element))
+    return "impression" in found
 
 
 def _without(url: str, ignored: frozenset[str]) -> str:

@@ -483,8 +483,8 @@ def _said(source: Source, session: VastSession) -> str:
     if source.kind != "header":
         return said
     # A device behind a trusted proxy: its own headers are what ad servers see.
-    name = source.name.lower()
-    told = [value for key, value in session.device_headers if key.lower() == name]
+    names = (source.name.lower(), f"x-device-{source.name.lower()}")
+    told = [value for key, value in session.device_headers if key.lower() in names]
     return "\n".join([said, *told])
 
 
