@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from structlog.testing import capture_logs
 from tests.support.ad_server import AdServer, Received, Reply
 from tests.support.documents import a_wrapper, an_inline
 from tests.support.proxy import ROOT, a_config
-from vastproxy.app import Proxy, egress_policy
+from vastproxy.app import Keeping, Proxy, egress_policy, keeping, proxy
 from vastproxy.config.load import loads
 from vastproxy.config.schema import Config
+from vastproxy.model import AdRequest, AdResponse, Query
 from vastproxy.serving import served
 
 
@@ -274,6 +276,164 @@ async def test_signal_ends_the_process(
     assert all(b"Traceback" not in line for line in lines)
     assert b'"event": "listening"' in lines[0]
     assert b'"event": "stopped"' in lines[-1]
+
+
+# --- Upstreams, over a reload and in trouble ----------------------------------------------------
+
+QUICK = 0.005
+"""Seconds: less than the config takes for a ``ttl``, so that no test waits for answers to age."""
+
+SLOW = 0.02
+"""Seconds that an ad server takes to answer, so that what it answers is stale when it comes."""
+
+
+def a_caching_config(server: AdServer, *, stale: float = 60.0, **sections: Any) -> Config:
+    """Build a config whose upstream is cached for everybody, for hardly any time."""
+    main = {"endpoint": server.url("/one"), "timeout": "4s", "cache": {"scope": "shared"}}
+    found = a_config(
+        {"main": main, "spare": server.url("/spare")},
+        [{"path": "/ad", "upstreams": ["main", "spare"], "deadline": "4s"}],
+        server={"admin": None},
+        **sections,
+    )
+    config = loaded(found)
+    upstream = config.upstreams["main"]
+    assert upstream.cache is not None
+    times = {"ttl": QUICK, "stale_while_revalidate": stale}
+    upstream = upstream.model_copy(update={"cache": upstream.cache.model_copy(update=times)})
+    return config.model_copy(update={"upstreams": {**config.upstreams, "main": upstream}})
+
+
+async def answer(running: Proxy, number: int = 0) -> AdResponse:
+    """Ask *running* for an ad in slot *number*."""
+    found = running.router.find("/ad")
+    assert found is not None
+    return await running.ads.answer(found[0], AdRequest("/ad", query=Query(f"slot={number}")))
+
+
+def calls(kept: Keeping) -> dict[str, int]:
+    """Say what came of the calls of the first upstream."""
+    return dict(kept.guards.guards.upstream("main").calls)
+
+
+def state_of(kept: Keeping) -> str:
+    """Say how the breaker of the first upstream is."""
+    breaker = kept.guards.guards.upstream("main").breaker
+    assert breaker is not None
+    return breaker.state
+
+
+async def hang(_: Received) -> bytes:
+    """Answer nothing."""
+    await asyncio.Event().wait()
+    return b""
+
+
+@pytest.mark.parametrize("reloads", [True, False])
+async def test_end_while_answers_are_refreshed(
+    server: AdServer, monkeypatch: pytest.MonkeyPatch, *, reloads: bool
+) -> None:
+    """Refreshes that a reload or a shutdown cuts off are no failures: no breaker opens."""
+    monkeypatch.setattr("vastproxy.app.FLUSH_TIMEOUT", SLOW)
+    server.replies["/one"] = Reply(an_inline(), delay=SLOW)
+    config = a_caching_config(server)
+    async with keeping(config) as kept, AsyncExitStack() as stack:
+        async with proxy(config, kept) as running:
+            for number in range(12):
+                await answer(running, number)
+            server.replies["/one"] = hang
+            stale = [await answer(running, number) for number in range(12)]
+            await server.wait_seen("/one", 24)
+            under_way = len(running.tasks)
+            if reloads:
+                await stack.enter_async_context(proxy(config, kept))
+
+        assert {("main: stale (revalidating)",)} == {each.cache for each in stale}
+        assert 12 == under_way
+        assert {"ok": 12, "neutral": 12} == calls(kept)
+        assert "closed" == state_of(kept)
+
+
+async def test_refresh_is_finished_before_the_end(server: AdServer) -> None:
+    """A refresh that ends soon is waited for, with the connection that it needs."""
+    server.replies["/one"] = Reply(an_inline(), delay=SLOW)
+    config = a_caching_config(server)
+    async with keeping(config) as kept:
+        async with proxy(config, kept) as running:
+            for _ in range(2):
+                await answer(running)
+            await server.wait_seen("/one", 2)
+
+        assert {"ok": 2} == calls(kept)
+
+
+async def test_who_waited_over_a_reload_asks_himself(
+    server: AdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits at the new proxy for what the old one asks is not drawn into its end."""
+    monkeypatch.setattr("vastproxy.app.FLUSH_TIMEOUT", SLOW)
+    server.replies["/one"] = hang
+    config = a_caching_config(server)
+    async with keeping(config) as kept, asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+        old = await stack.enter_async_context(proxy(config, kept))
+        async with proxy(config, kept) as new:
+            first = group.create_task(answer(old))
+            await server.wait_seen("/one")
+            server.replies["/one"] = an_inline()
+            others = [group.create_task(answer(new)) for _ in range(3)]
+            await asyncio.sleep(0)
+            asked = len(server.requests)
+            await stack.aclose()
+            served = [await each for each in others]
+
+    assert 1 == asked
+    assert 0 == first.result().ads
+    assert [("main", 1)] * 3 == [(each.upstream, each.ads) for each in served]
+    assert {"neutral": 1, "ok": 1} == calls(kept)
+
+
+@pytest.mark.parametrize(
+    ("breaker", "flags", "hops"),
+    [("closed", ("upstream_failed", "stale"), 1), ("open", ("breaker_open", "stale"), 0)],
+)
+async def test_stale_answer_is_told(
+    server: AdServer, breaker: Any, flags: tuple[str, ...], hops: int
+) -> None:
+    """An ad that stands in is served, and flags tell for what; a player is told that it is old."""
+    server.replies["/one"] = Reply(an_inline(), delay=SLOW)
+    config = a_caching_config(server, stale=0.0)
+    async with keeping(config) as kept, proxy(config, kept) as running:
+        await answer(running)
+        server.replies["/one"] = Reply(status=500)
+        kept.guards.turn("main", breaker, "for a test")
+        stale = await answer(running)
+
+    assert (1, "main", hops) == (stale.ads, stale.upstream, stale.hops)
+    assert flags == stale.flags
+    assert ["vastproxy; hit; ttl=-"] == [
+        each.partition("-")[0] + "-" for each in stale.cache_status
+    ]
+    assert stale.cache[0].startswith("main: stale (upstream failed: ")
+
+
+async def test_refused_redirect_is_no_refused_upstream(server: AdServer) -> None:
+    """Where the site of a redirect is left alone the upstream has failed, and a flag says why."""
+    async with AdServer(fallback=Reply(status=500)) as dead:
+        location = ("Location", dead.url("/dead"))
+        server.replies |= {
+            "/one": Reply(status=302, headers=(location,)),
+            "/spare": an_inline(ad="spare"),
+        }
+        site = {"allow": ["127.0.0.0/8"], "circuit_breaker": {"fail_max": 1}}
+        config = a_caching_config(server, egress=site)
+        async with keeping(config) as kept, proxy(config, kept) as running:
+            told = [await answer(running) for _ in range(2)]
+
+    assert [("main:failed", "spare:ad")] * 2 == [each.waterfall for each in told]
+    assert ("fallback", "upstream_failed") == told[0].flags
+    assert ("fallback", "breaker_open") == told[1].flags
+    assert 1 == len(dead.requests)
+    assert "closed" == state_of(kept)
 
 
 def test_policy_of_a_config() -> None:

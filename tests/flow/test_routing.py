@@ -100,6 +100,36 @@ def test_first_source_that_has_a_value_is_the_viewer() -> None:
     assert "" == viewer_of(Route("/", ()), a_request("uid=1"))
 
 
+@pytest.mark.parametrize(
+    "nil",
+    ["00000000-0000-0000-0000-000000000000", "00000000000000000000000000000000"],
+)
+def test_advertising_id_of_zeros_is_nobodys(nil: str) -> None:
+    """The id that devices send for viewers who want no tracking is passed over, in any source."""
+    route = Route("/", (), viewer=(Source.parse("query:ifa"), Source.parse("cookie:uid")))
+
+    assert "c" == viewer_of(route, a_request(f"ifa={nil}", cookie="uid=c"))
+    assert "" == viewer_of(route, a_request(f"ifa={nil}", cookie=f"uid={nil}"))
+    assert "a" == viewer_of(route, a_request("ifa=a", cookie=f"uid={nil}"))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "00000000-0000-0000-0000-000000000001",
+        "x00000000-0000-0000-0000-000000000000",
+        "00000000-0000-0000-0000-0000000000000",
+        "0",
+        "0000",
+    ],
+)
+def test_id_with_zeros_is_somebodys(own: str) -> None:
+    """Anything else than the id of zeros is an id."""
+    assert own == viewer_of(
+        Route("/", (), viewer=(Source.parse("query:ifa"),)), a_request(f"ifa={own}")
+    )
+
+
 RAW = "slot=a%20b&uid=%2F&&x&slot=[C]&Slot=d"
 
 

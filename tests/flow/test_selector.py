@@ -185,6 +185,42 @@ async def test_mistake_ends_the_race() -> None:
     assert [0] == asked.cut_off
 
 
+@pytest.mark.parametrize("soft_timeouts", [[None, None], [0.01, None]])
+async def test_mistake_is_told_as_it_is(soft_timeouts: list[float | None]) -> None:
+    """A mistake comes out as it was raised, whether or not there was a race."""
+    mistake = LookupError("lost")
+
+    async def ask(at: int) -> bool:
+        """Have nothing, then fail."""
+        if at:
+            raise mistake
+        return False
+
+    with pytest.raises(LookupError) as raised:
+        await first_with_ad(soft_timeouts, ask)
+
+    assert mistake is raised.value
+    assert raised.value.__cause__ is None
+
+
+async def test_mistake_in_a_race_is_told_as_it_is() -> None:
+    """A mistake while others are asked comes out as it was raised, when they have ended."""
+    asked, mistake = Asked(), LookupError("lost")
+
+    async def fail() -> None:
+        """Let the second one fail."""
+        await asked.wait_asked(2)
+        asked.answers[1].set_exception(mistake)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+        with pytest.raises(LookupError) as raised:
+            await first_with_ad([0.01, None], asked)
+
+    assert mistake is raised.value
+    assert [0] == asked.cut_off
+
+
 async def test_selector_does_not_wait_for_one_that_hangs(server: AdServer) -> None:
     """The library's selector asks the next one, too, where an upstream exceeds its soft limit."""
 

@@ -614,6 +614,18 @@ LABELS = st.sampled_from(
 HOSTS = st.lists(LABELS, min_size=1, max_size=4).map(".".join)
 
 
+def test_copied_jar_goes_its_own_way(suffixes: SuffixTest) -> None:
+    """A copy has the same cookies, and neither learns what becomes of the other's."""
+    jar = CookieJar(suffixes)
+    stored(jar, "a=1; Path=/")
+    copy = jar.copied()
+    stored(copy, "b=2; Path=/")
+    stored(jar, "a=3; Path=/")
+
+    assert "a=3" == sent(jar)
+    assert "a=1; b=2" == sent(copy)
+
+
 @given(header=st.text() | st.lists(PIECES).map("".join), secure=st.booleans())
 def test_any_text_gives_a_cookie_or_none(header: str, *, secure: bool) -> None:
     """Any text as ``Set-Cookie`` gives a cookie that can be sent as it is, or None."""

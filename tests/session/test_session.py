@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -19,6 +19,7 @@ from vastproxy.errors import (
 )
 from vastproxy.model import AdRequest, Device, HopReply
 from vastproxy.observe.trace import Exchange, Trace
+from vastproxy.session.cookies import CookieJar
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import (
     PARSE_APART,
@@ -556,3 +557,62 @@ async def test_face_of_a_session() -> None:
     assert "me" == session.context.cookies["uid"]
     assert f"<VastSession {session.context.request_id} at fake>" == repr(session)
     await session.close()
+
+
+# --- Once more ----------------------------------------------------------------------------------
+
+
+def a_jar(value: str) -> CookieJar:
+    """Build a jar with a cookie of a viewer."""
+    jar = CookieJar(lambda _: False)
+    jar.put("uid", value, "fake")
+    return jar
+
+
+def cookies_of(session: VastSession) -> dict[str, str]:
+    """Give the cookies that an upstream of scope ``viewer`` is sent."""
+    jar = session.jar_of("viewer")
+    assert jar is not None
+    return {each.name: each.value for each in jar}
+
+
+async def test_same_request_again() -> None:
+    """A session opened again is the same request, with a trace, chain and deadline of its own."""
+    factory = SessionFactory(is_public_suffix=lambda _: False)
+    facts = Request(AdRequest("/", device=Device(ip="192.0.2.1")), viewer="ann", deadline=1.0)
+    first = factory.open_session(factory.context(), FakeUpstream(), request=facts)
+    first.jar.put("chain", "1", "fake")
+    again = first.again(9.0)
+    again.trace.begin()
+
+    assert first.context is again.context
+    assert first.macros is again.macros
+    assert replace(facts, deadline=9.0) == again.request_facts
+    assert (0, 1) == (first.trace.begun, again.trace.begun)
+    assert (1, 0) == (len(first.jar), len(again.jar))
+
+
+async def test_viewers_cookies_go_along_again() -> None:
+    """A session opened again sends the viewer's cookies, and changes none that are kept."""
+    factory = SessionFactory(is_public_suffix=lambda _: False)
+    facts = Request(AdRequest("/"), viewer="ann", viewer_jar=a_jar("ann"))
+    first = factory.open_session(factory.context(), FakeUpstream(), request=facts)
+    again = first.again(9.0)
+    sent = cookies_of(again)
+    jar = again.jar_of("viewer")
+    assert jar is not None
+    jar.put("uid", "bob", "fake")
+
+    assert {"uid": "ann"} == sent
+    assert {"uid": "bob"} == cookies_of(again)
+    assert {"uid": "ann"} == cookies_of(first)
+
+
+async def test_nobodys_cookies_again() -> None:
+    """Without a viewer's jar a session opened again has none, and its chain's is its own."""
+    first = a_session(FakeUpstream())
+    again = first.again(9.0)
+
+    assert again.request_facts.viewer_jar is None
+    assert again.jar is again.jar_of("viewer")
+    assert again.jar is not first.jar

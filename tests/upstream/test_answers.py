@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vastproxy.errors import (
     NoAdError,
+    UpstreamConnectError,
     UpstreamError,
     UpstreamRefusedError,
     UpstreamStatusError,
@@ -196,6 +197,79 @@ async def test_what_may_not_be_kept_is_not(
     assert reason in (await told(cache, source))[1]
     assert (2, 0) == (source.count, len(cache))
     assert {reason: 2} == cache.told()["not_stored"]
+
+
+def redirected(*headers: tuple[str, str], sent_cookies: bool = False) -> Answer:
+    """Build an answer that a redirect with *headers* led to."""
+    redirect = HopReply(302, (("location", "/b"), *headers), b"")
+    plain = HopReply(200, (), b"ad")
+    fetched = Fetched(plain, URL, sent_cookies=sent_cookies, on_the_way=(redirect,))
+    return Answer(fetched, AN_AD, object())
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (("cache-control", "no-store"), "no-store"),
+        (("cache-control", "private"), "private"),
+        (("cache-control", "no-cache"), "no-cache"),
+        (("pragma", "no-cache"), "no-cache"),
+        (("vary", "*"), "vary"),
+        (("vary", "Cookie"), "vary"),
+        (("cache-control", "max-age=0"), "ttl"),
+        (("set-cookie", "uid=1"), "set-cookie"),
+    ],
+)
+@pytest.mark.parametrize("settings", [SHARED, PERSONAL])
+async def test_redirect_may_forbid_to_keep(
+    bench: Bench, header: tuple[str, str], reason: str, settings: CacheSettings
+) -> None:
+    """What a redirect forbids holds for what it led to: who else comes may be led elsewhere."""
+    cache, source = bench.cache(settings), a_source(redirected(header))
+
+    assert ("ad", f"miss ({reason})") == await told(cache, source)
+    assert 0 == len(cache)
+
+
+async def test_redirect_may_shorten(bench: Bench) -> None:
+    """What a redirect led to is kept no longer than the redirect may be, stale or not."""
+    header = ("cache-control", "max-age=60, stale-while-revalidate=5, stale-if-error=0")
+    cache, source = bench.cache(), a_source(redirected(header))
+    _, verdict = await cache.through(ANN, source.ask, source.ask)
+    bench.time += 59.5
+    fresh = await told(cache, source)
+    bench.time += 5.4
+    stale = await told(cache, a_source(UpstreamStatusError(500)))
+    await bench.idle()
+    bench.time += 0.2
+
+    assert (True, 60) == (verdict.stored, verdict.ttl)
+    assert ["hit", "stale (revalidating)"] == [fresh[1], stale[1]]
+    with pytest.raises(UpstreamStatusError):
+        await told(cache, a_source(UpstreamStatusError(500)))
+
+
+async def test_redirect_without_a_word_is_no_obstacle(bench: Bench) -> None:
+    """A redirect that says nothing leaves the time to the answer and the operator."""
+    cache, source = bench.cache(), a_source(redirected())
+    _, verdict = await cache.through(ANN, source.ask, source.ask)
+
+    assert CacheVerdict("miss", stored=True, ttl=300) == verdict
+
+
+async def test_what_somebodys_cookie_led_to_is_his(bench: Bench) -> None:
+    """Where a redirect's target was sent a cookie, nobody else is given what it answered."""
+    answer = redirected(sent_cookies=True)
+    shared, source = bench.cache(), Source(answer)
+
+    assert 10 == sum(words(await crowd(shared, source, 10)).values())
+    assert (10, 0) == (source.count, len(shared))
+    assert {"cookies": 10} == shared.told()["not_stored"]
+
+    personal, source = bench.cache(PERSONAL), a_source(answer)
+    assert ("ad", "miss, stored") == await told(personal, source)
+    assert ("ad", "hit") == await told(personal, source)
+    assert "miss, stored" == (await told(personal, source, BOB))[1]
 
 
 async def test_expired_ads_are_not_even_given_stale(bench: Bench) -> None:
@@ -494,6 +568,20 @@ async def test_who_had_less_time_takes_nobody_along(bench: Bench) -> None:
     assert 2 == source.count
 
 
+async def test_who_could_not_ask_takes_nobody_along(bench: Bench) -> None:
+    """That the one who asks had no connections says nothing to others; a dead server does."""
+    here = UpstreamConnectError("the proxy closes its connections", local=True)
+    cache, source = bench.cache(), Source(here, an_answer("one"))
+
+    expected = {str(here): 1, "miss, stored": 1, "hit": 8}
+    assert expected == words(await crowd(cache, source, 10))
+    assert 2 == source.count
+
+    dead = UpstreamConnectError("connection refused")
+    cache, source = bench.cache(), Source(dead, an_answer("one"))
+    assert {str(dead): 10} == words(await crowd(cache, source, 10))
+
+
 async def test_nobody_waits_beyond_his_deadline(bench: Bench) -> None:
     """Who waits gives up at his own deadline; the one who asks, and others, go on."""
     cache, source = bench.cache(), Source(an_answer("one"))
@@ -565,6 +653,39 @@ async def test_who_comes_too_late_waits_for_the_refresh(bench: Bench) -> None:
 
     assert ("two", "collapsed") == task.result()
     assert 1 == source.count
+
+
+async def test_refresh_ends_with_its_owner(bench: Bench) -> None:
+    """A refresh is its caller's: it is cut off with him, and who waited for it asks himself."""
+    cache, source = bench.cache(), a_source(an_answer("one"), an_answer("three"))
+    refresh = Source(an_answer("two"))
+    await told(cache, source)
+    bench.time += 305
+    async with Tasks("a proxy before a reload") as owner:
+        _, verdict = await cache.through(ANN, source.ask, refresh.ask, owner.spawn)
+        await refresh.asked.wait()
+        bench.time += 10  # now even the stale answer is too old
+        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            others = [group.create_task(told(cache, source)) for _ in range(5)]
+            await asyncio.sleep(0)
+            waiting = [each.done() for each in others]
+            running = (len(owner), len(bench.tasks))
+            await owner.__aexit__(None, None, None)
+
+    assert "stale (revalidating)" == verdict.words
+    assert ((1, 0), [False] * 5) == (running, waiting)
+    assert ["three"] * 5 == [each.result()[0] for each in others]
+    assert (1, 2) == (refresh.count, source.count)
+
+
+async def test_refresh_without_an_owner_is_the_caches(bench: Bench) -> None:
+    """Where nobody else is named, the cache's own owner runs the refresh."""
+    cache, source = bench.cache(), a_source(an_answer("one"))
+    await told(cache, source)
+    bench.time += 305
+    await told(cache, source, refresh=Source(an_answer("two")))
+
+    assert 1 == len(bench.tasks)
 
 
 async def test_failed_refresh_leaves_the_stale_answer(bench: Bench) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import gzip
 import socket
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import ip_network
@@ -19,6 +20,7 @@ from tests.support.hostile import FAULTS, Fault, HostileServer, Trap
 from vastproxy.errors import (
     EgressBlockedError,
     RedirectError,
+    UpstreamConnectError,
     UpstreamError,
     UpstreamTimeoutError,
     UpstreamTooLargeError,
@@ -252,6 +254,93 @@ async def test_nobody_listens(client: AiohttpClient) -> None:
     assert not isinstance(raised.value, EgressBlockedError | RedirectError)
 
 
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"nonsense\r\n\r\n", "ClientResponseError: 400, "),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "ClientResponseError: 400, "),
+    ],
+)
+async def test_reason_has_no_url(
+    server: AdServer, client: AiohttpClient, raw: bytes, words: str
+) -> None:
+    """What went wrong is said without the URL, which may name a viewer."""
+    server.replies["/x"] = Reply(raw=raw)
+    with pytest.raises(UpstreamError) as raised:
+        await ask(client, server.url("/x?uid=somebody"))
+
+    assert raised.value.reason.startswith(words)
+    assert "somebody" not in str(raised.value)
+    assert "http" not in raised.value.reason.removeprefix(words).lower().replace("http/", "")
+
+
+async def test_reason_has_no_unusable_url(client: AiohttpClient) -> None:
+    """Of a URL that cannot be asked no more is said than that."""
+    with pytest.raises(UpstreamError) as raised:
+        await ask(client, "http:///x?uid=somebody", trusted=True)
+
+    assert "InvalidUrlClientError: no usable URL" == raised.value.reason
+
+
+class DeadResolver(FakeResolver):
+    """Finds nothing, and says so in its *words*."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Fail."""
+        raise OSError(None, f"{' '.join(self.addresses)}: {host} ({family}, {port})")
+
+
+@pytest.mark.parametrize(
+    ("words", "local"),
+    [
+        ("Domain name not found", False),
+        ("Timeout while contacting DNS servers", False),
+        ("Could not contact DNS servers", True),
+        ("Error reading file", True),
+    ],
+)
+async def test_unknown_name(words: str, *, local: bool) -> None:
+    """A name that is not found is told from a server that is away, and from our own resolver's."""
+    async with AiohttpClient(EgressPolicy(), lambda: DeadResolver(words)) as client:
+        with pytest.raises(UpstreamConnectError) as raised:
+            await ask(client, "http://ads.example/x?uid=somebody")
+
+    assert (True, local) == (raised.value.unknown, raised.value.local)
+    assert "somebody" not in str(raised.value)
+
+
+async def test_refused_connection_is_no_unknown_name(client: AiohttpClient) -> None:
+    """Where nobody listens the name is known, and the fault not ours."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        with pytest.raises(UpstreamConnectError) as raised:
+            await ask(client, f"http://127.0.0.1:{holder.getsockname()[1]}/")
+
+    assert (False, False) == (raised.value.unknown, raised.value.local)
+
+
+@pytest.mark.parametrize(("on_time", "late"), [(0.02, True), (30.0, False)])
+async def test_busy_process_is_late(
+    server: AdServer,
+    client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    on_time: float,
+    late: bool,
+) -> None:
+    """A time-out that is noticed long after the deadline says that this process was busy."""
+    monkeypatch.setattr("vastproxy.upstream.client.ON_TIME", on_time)
+    server.replies["/x"] = Reply(b"", delay=30.0)
+    # What keeps the loop from noticing is no waiting.
+    asyncio.get_running_loop().call_later(0.05, time.sleep, 0.15)
+    with pytest.raises(UpstreamTimeoutError) as raised:
+        await ask(client, server.url("/x"), within=0.1)
+
+    assert (late, False) == (raised.value.late, raised.value.starved)
+
+
 async def test_header_that_cannot_be_sent(server: AdServer, client: AiohttpClient) -> None:
     """A header that would break the request is an UpstreamError, and nothing goes out."""
     with pytest.raises(UpstreamError):
@@ -378,3 +467,43 @@ async def test_closing_ends_all_connections(server: AdServer) -> None:
     assert 2 == len(connections)
     assert set() == still_open
     assert "<AiohttpClient closed>" == repr(client)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_request_that_closing_cuts_off_is_nobodys_fault(
+    server: AdServer, *, trusted: bool
+) -> None:
+    """What is under way when the client closes breaks off for want of something here."""
+    server.replies["/x"] = Reply(b"", delay=30.0)
+    client = AiohttpClient(LOOPBACK)
+    async with asyncio.TaskGroup() as group:
+        async with client:
+            under_way = group.create_task(_failure(client, server.url("/x"), trusted=trusted))
+            await server.wait_seen("/x")
+        after = await _failure(client, server.url("/x"), trusted=trusted)
+
+    assert 1 == len(server.requests)
+    assert ["the proxy closes its connections"] * 2 == [
+        each.reason for each in (under_way.result(), after)
+    ]
+    assert under_way.result().local
+    assert after.local
+    assert not after.unknown
+
+
+async def _failure(client: AiohttpClient, url: str, *, trusted: bool) -> UpstreamConnectError:
+    with pytest.raises(UpstreamConnectError) as raised:
+        await ask(client, url, trusted=trusted)
+    return raised.value
+
+
+async def test_closed_client_may_be_opened_again(server: AdServer) -> None:
+    """A client that was closed asks again when it is opened again."""
+    server.replies["/x"] = b"found"
+    client = AiohttpClient(LOOPBACK)
+    async with client:
+        pass
+    async with client:
+        reply = await ask(client, server.url("/x"))
+
+    assert b"found" == reply.body

@@ -64,6 +64,8 @@ def test_answer_may_forbid_to_be_kept(reply: HopReply, reason: str) -> None:
     """What an answer forbids is not done, whoever would get it; the reason is a word."""
     assert reason == lifetime_of(reply, OPERATORS, NOW)
     assert reason == lifetime_of(reply, SHARED, NOW)
+    of_redirect = lifetime_of(reply, OPERATORS, NOW, redirect=True)
+    assert (reason == "status") == (of_redirect != reason)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +174,17 @@ def test_nothing_lengthens(control: str, age: str | None, expires: float, *, sha
         assert 0 <= found.stale_while_revalidate <= 10
         assert 0 <= found.stale_if_error <= 200
         assert found.whole <= expires + 1e-9
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_is_judged_by_its_words(status: int) -> None:
+    """For how long a redirect's target may be kept, its headers say, and not its status."""
+    words = ("cache-control", "max-age=60, stale-if-error=5")
+
+    assert Lifetime(300, 10, 200) == lifetime_of(
+        a_reply(status=status), OPERATORS, NOW, redirect=True
+    )
+    assert Lifetime(60, 10, 5) == lifetime_of(
+        a_reply(words, status=status), OPERATORS, NOW, redirect=True
+    )
+    assert "status" == lifetime_of(a_reply(words, status=status), OPERATORS, NOW)

@@ -51,7 +51,10 @@ def some_guards(told: Told | None = None, **more: object) -> Guards:
 )
 def test_site(url: str, site: str) -> None:
     """A host is counted under what somebody registered; at an unusual port, by itself."""
-    assert site == site_of(target(url), lambda name: name in {"com", "co.uk", "uk"})
+    place = target(url)
+    suffixes = {"com", "co.uk", "uk"}
+
+    assert site == site_of(place.scheme, place.host, place.port, suffixes.__contains__)
 
 
 async def test_blame() -> None:

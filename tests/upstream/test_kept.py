@@ -79,6 +79,15 @@ def test_all_else_of_a_url_is_in_the_key(url: str) -> None:
     assert key() != key(url=url)
 
 
+@pytest.mark.parametrize("query", ["?", "?cb=1", "?cb=1&ord=2", "?&", "?cb&#top"])
+def test_query_of_ignored_parameters_is_none(query: str) -> None:
+    """A URL whose query has nothing that counts is the URL without one."""
+    url = "https://ads.example/vast"
+
+    assert key(url=url) == key(url=url + query)
+    assert key(url=url) != key(url=f"{url}?a")
+
+
 def test_order_of_parameters_counts() -> None:
     """An ad server may read the first of two: their order is part of the key."""
     assert key(url=f"{URL}&a=1&a=2") != key(url=f"{URL}&a=2&a=1")
@@ -203,10 +212,12 @@ def test_first_ad_to_expire_counts(texts: tuple[str, ...], least: float | None) 
 
 
 def test_kept_form_has_nothing_of_who_asked() -> None:
-    """Headers but the type, cookies and the parsed document are not kept."""
+    """Headers but the type, cookies, redirects and the parsed document are not kept."""
     headers = (("content-type", "text/xml"), ("x-served-for", "ann"), ("set-cookie", "a=b"))
     reply = HopReply(200, headers, b"<VAST/>")
-    answer = Answer(Fetched(reply, URL, set_cookies=True), AN_AD, object())
+    redirect = HopReply(302, (("location", URL),), b"")
+    fetched = Fetched(reply, URL, set_cookies=True, sent_cookies=True, on_the_way=(redirect,))
+    answer = Answer(fetched, AN_AD, object())
     kept = HopReply(200, (("content-type", "text/xml"),), b"<VAST/>")
 
     assert Answer(Fetched(kept, URL), AN_AD) == kept_form(answer)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
@@ -14,17 +15,23 @@ from vastproxy.config.template import Template
 from vastproxy.errors import (
     NoAdError,
     StateBackendError,
+    UpstreamConnectError,
     UpstreamError,
+    UpstreamRefusedError,
     UpstreamStatusError,
     VastError,
     VastSyntaxError,
 )
 from vastproxy.model import AdRequest, HopReply
+from vastproxy.observe.tasks import Tasks
 from vastproxy.observe.trace import Hop, Trace
+from vastproxy.session.cookies import CookieJar
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Request, VastSession
+from vastproxy.upstream.answers import AnswerCache, CacheSettings
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
+from vastproxy.upstream.guard import Guard, GuardSettings
 from vastproxy.upstream.resolver import (
     MAX_JUDGED,
     MAX_SIZE,
@@ -32,8 +39,10 @@ from vastproxy.upstream.resolver import (
     Resolution,
     VastChainResolver,
     read,
+    refused_by,
 )
-from vastproxy.upstream.upstream import UpstreamSettings, VastUpstream
+from vastproxy.upstream.upstream import Protection, UpstreamSettings, VastUpstream
+from vastproxy.upstream.window import BreakerSettings
 from vastproxy.vast.document import VastDocument
 from vastproxy.vast.unwrap import Policy, ResolvedAd
 
@@ -631,3 +640,234 @@ def test_default_policy() -> None:
     default: Any = VastChainResolver().policy
 
     assert Policy() == default
+
+
+# --- What was kept, and what was refused --------------------------------------------------------
+
+KEPT = CacheSettings(scope="shared", ttl=60, stale_while_revalidate=0, stale_if_error=600)
+TRIPS = GuardSettings(BreakerSettings(fail_max=1))
+"""One failure opens the breaker."""
+
+
+class Place:
+    """An upstream with a guard, a cache and a clock that a test turns."""
+
+    def __init__(
+        self,
+        server: AdServer,
+        client: AiohttpClient,
+        owner: Tasks,
+        settings: CacheSettings | None = KEPT,
+        entry: GuardSettings = TRIPS,
+    ) -> None:
+        """Put it behind ``/entry`` of *server*; *owner* runs what nobody waits for."""
+        self.time = 1000.0
+        self.cache: AnswerCache | None = None
+        if settings is not None:
+            self.cache = AnswerCache("main", settings, clock=lambda: self.time, spawn=owner.spawn)
+        self.guard = Guard("main", entry)
+        self.site = Guard("site.example", TRIPS)
+        url = server.url("/entry")
+        self.upstream = VastUpstream(
+            UpstreamSettings("main", Template(url, (url,)), session_params=()),
+            client,
+            lambda: 0.0,
+            Protection(self.guard, lambda _: self.site, self.cache),
+        )
+
+    def session(self, viewer: str = "ann") -> VastSession:
+        """Open a session with a chain of its own."""
+        factory = SessionFactory(is_public_suffix=lambda _: False)
+        request = Request(AdRequest("/"), viewer)
+        return factory.open_session(factory.context(), self.upstream, request=request)
+
+    async def asked(self) -> tuple[Resolution, VastSession]:
+        """Ask once; give also the session, whose trace tells."""
+        session = self.session()
+        return await VastChainResolver().resolve(session), session
+
+
+@pytest.fixture
+async def owner() -> AsyncIterator[Tasks]:
+    """Own what nobody waits for."""
+    async with Tasks("test") as tasks:
+        yield tasks
+
+
+async def test_stale_answer_tells_what_it_stands_in_for(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """An ad from before is given where the upstream fails, and the hop tells what failed."""
+    server.replies["/entry"] = an_inline("old")
+    place = Place(server, client, owner)
+    await place.asked()
+    place.time += 61
+    server.replies["/entry"] = Reply(status=500)
+    resolution, session = await place.asked()
+    told = hop(session, 1)
+
+    assert (["old"], None) == (ids(resolution), resolution.code)
+    assert (301, "HTTP status 500", "") == (told.code, told.problem, told.refused)
+    assert "stale (upstream failed: HTTP status 500)" == told.cache
+    assert [500] == [each.status for each in told.exchanges]
+    assert ["vastproxy; hit; ttl=-1; detail=main"] == session.trace.cache_status
+
+
+async def test_stale_answer_tells_who_refused(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """Where a breaker is open the stale answer's hop says so, and that nobody was asked."""
+    server.replies["/entry"] = an_inline("old")
+    place = Place(server, client, owner)
+    await place.asked()
+    place.time += 61
+    server.replies["/entry"] = Reply(status=500)
+    await place.asked()
+    resolution, session = await place.asked()
+    told = hop(session, 1)
+
+    assert ["old"] == ids(resolution)
+    assert (300, "breaker", ()) == (told.code, told.refused, told.exchanges)
+    assert told.cache.startswith("stale (upstream failed: ")
+    assert ["vastproxy; hit; ttl=-1; detail=main"] == session.trace.cache_status
+    assert 2 == len(server.requests)
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"), [(Reply(status=500), 301), (Reply(b"<html/>"), 101), (Reply(b"{}"), 100)]
+)
+async def test_failed_lookup_is_a_miss(
+    server: AdServer, client: AiohttpClient, owner: Tasks, reply: Reply, code: int
+) -> None:
+    """Where nothing stands in, the hop says that the cache had nothing and the upstream failed."""
+    server.replies["/entry"] = reply
+    resolution, session = await Place(server, client, owner).asked()
+
+    assert (code, code) == (resolution.code, hop(session, 1).code)
+    assert "miss (upstream failed)" == hop(session, 1).cache
+    assert [] == session.trace.cache_status
+
+
+async def test_lookup_that_is_cut_off_is_no_failure(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """Of a lookup that is cut off, the hop does not say that the upstream failed."""
+    server.replies["/entry"] = Reply(delay=30.0)
+    session = Place(server, client, owner).session()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(VastChainResolver().resolve(session))
+        await server.wait_seen("/entry")
+        task.cancel()
+    told = hop(session, 1)
+
+    assert ("miss (cut off)", None) == (told.cache, told.code)
+    assert told.problem.startswith("cut off: ")
+    assert 1 == len(told.exchanges)
+
+
+async def test_no_ad_is_no_failed_lookup(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """That there is no ad is an answer, which is kept and given like any other."""
+    server.replies["/entry"] = Reply(status=204)
+    place = Place(server, client, owner)
+    told = [(await place.asked())[1] for _ in range(2)]
+
+    assert ["miss, stored", "hit"] == [hop(each, 1).cache for each in told]
+    assert [303, 303] == [hop(each, 1).code for each in told]
+    assert 1 == len(server.requests)
+
+
+async def test_cookie_of_another_chain_keeps_an_answer_private(
+    client: AiohttpClient, owner: Tasks
+) -> None:
+    """What a redirect's target made for somebody's cookie is given to nobody else."""
+
+    def personal(request: Received) -> bytes:
+        """Answer an ad that is named after the viewer."""
+        return an_inline(request.cookies.get("uid", "nobody"))
+
+    async with AdServer(addresses=("127.0.0.1", "127.0.0.2")) as server:
+        target = server.url("/ad", address="127.0.0.2")
+        server.replies |= {
+            "/entry": Reply(status=302, headers=(("Location", target),)),
+            "/ad": personal,
+        }
+        place = Place(server, client, owner)
+        served = []
+        for viewer in ("ann", "bob"):
+            session = place.session(viewer)
+            # As the chain of an upstream that was asked before this one leaves it behind.
+            session.jar.put("uid", viewer, "127.0.0.2")
+            served += ids(await VastChainResolver().resolve(session))
+        served += ids((await place.asked())[0])
+
+    assert ["ann", "bob", "nobody"] == served
+    assert place.cache is not None
+    assert {"cookies": 2} == place.cache.told()["not_stored"]
+
+
+async def test_refresh_of_a_viewers_answer_sends_his_cookies(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """What is kept for a viewer is refreshed as he would ask, with the cookies kept for him."""
+    server.replies["/entry"] = an_inline("ad")
+    place = Place(server, client, owner, replace(KEPT, scope="viewer", stale_while_revalidate=30))
+    place.upstream.settings = replace(place.upstream.settings, cookies="viewer")
+    jar = CookieJar(lambda _: False)
+    jar.put("uid", "ann", "127.0.0.1")
+    factory = SessionFactory(is_public_suffix=lambda _: False)
+    request = Request(AdRequest("/"), "ann", viewer_jar=jar)
+    for _ in range(2):
+        session = factory.open_session(factory.context(), place.upstream, request=request)
+        await VastChainResolver().resolve(session)
+        place.time += 61
+
+    assert "stale (revalidating)" == hop(session, 1).cache
+    assert await owner.wait_idle(5.0)
+    assert [{"uid": "ann"}] * 2 == [each.cookies for each in server.requests]
+
+
+async def test_refusal_of_a_redirects_site_is_a_failure(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """A site that the upstream redirects to and that is left alone is not the upstream refused."""
+    server.replies |= {
+        "/entry": Reply(status=302, headers=(("Location", "/dead"),)),
+        "/dead": Reply(status=500),
+    }
+    place = Place(server, client, owner, settings=None)
+    await place.asked()
+    resolution, session = await place.asked()
+    told = hop(session, 1)
+
+    assert (300, "") == (resolution.code, resolution.refused)
+    assert (300, "breaker") == (told.code, told.refused)
+    assert ["/entry", "/dead", "/entry"] == [each.path for each in server.requests]
+
+
+async def test_refusal_of_the_upstream_is_told(
+    server: AdServer, client: AiohttpClient, owner: Tasks
+) -> None:
+    """An upstream that is left alone itself is told as that."""
+    server.replies["/entry"] = Reply(status=500)
+    place = Place(server, client, owner, settings=None)
+    await place.asked()
+    resolution, session = await place.asked()
+
+    assert ("breaker", "breaker") == (resolution.refused, hop(session, 1).refused)
+    assert 1 == len(server.requests)
+
+
+def test_refused_by_whom() -> None:
+    """Who names an upstream is told of its own refusals alone; else of any."""
+    error = UpstreamRefusedError("too many", by="busy", of="main")
+
+    assert ["busy", "busy", ""] == [
+        refused_by(error),
+        refused_by(error, "main"),
+        refused_by(error, "other"),
+    ]
+    assert ["", ""] == [
+        refused_by(each, "main") for each in (NoAdError("none"), UpstreamConnectError("refused"))
+    ]

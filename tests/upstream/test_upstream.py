@@ -12,6 +12,7 @@ import pytest
 from tests.support.ad_server import AdServer, Received, Reply
 from vastproxy import __version__
 from vastproxy.config.template import Template
+from vastproxy.config.units import Source
 from vastproxy.errors import (
     EgressBlockedError,
     RedirectError,
@@ -21,10 +22,12 @@ from vastproxy.errors import (
 )
 from vastproxy.flow.routing import Route, forwarded
 from vastproxy.model import AdRequest, Device, FrozenMapping, Query
+from vastproxy.observe.tasks import Tasks
 from vastproxy.observe.trace import Exchange
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.session import Fetched, Request, VastSession
 from vastproxy.state.memory import InMemoryBackend
+from vastproxy.upstream.answers import AnswerCache, Asking, CacheSettings, key_of
 from vastproxy.upstream.client import AiohttpClient
 from vastproxy.upstream.egress import EgressPolicy
 from vastproxy.upstream.upstream import MAX_REDIRECTS, UpstreamSettings, VastUpstream
@@ -521,6 +524,212 @@ async def test_players_cookies_go_to_the_endpoint(server: AdServer, make: Make) 
 
     assert {"uid": "me"} == server.seen("/a")[0].cookies
     assert {} == server.seen("/b")[0].cookies
+
+
+@pytest.mark.parametrize("cookies", ["chain", "off"])
+async def test_cookies_of_a_redirect_are_told(server: AdServer, make: Make, cookies: str) -> None:
+    """Who fetches learns that cookies were sent or set on the way, and the redirects themselves."""
+    cookie = ("Set-Cookie", "uid=7; Path=/")
+    server.replies |= {
+        "/a": Reply(status=302, headers=(cookie, ("Location", "/b"), ("Cache-Control", "private"))),
+        "/b": Reply(status=307, headers=(("Location", "/c"),)),
+        "/c": b"end",
+    }
+    fetched = await fetch(make(server.url("/a"), cookies=cookies), server.url("/a"))
+
+    assert (True, cookies == "chain") == (fetched.set_cookies, fetched.sent_cookies)
+    assert [(302, "private"), (307, None)] == [
+        (each.status, each.header("cache-control")) for each in fetched.on_the_way
+    ]
+
+
+async def test_cookie_of_another_chain_is_told(server: AdServer, make: Make) -> None:
+    """A cookie that the session had already is told where only the redirect's target is sent it."""
+    target = server.url("/b", address=HOSTS[1])
+    server.replies |= {"/a": Reply(status=302, headers=(("Location", target),)), "/b": b"end"}
+    upstream = make(server.url("/a"))
+    upstream.client = other = AiohttpClient(EgressPolicy(allow=(ip_network("127.0.0.0/8"),)))
+    session = a_session(upstream)
+    session.jar.put("uid", "ann", HOSTS[1])
+    async with other:
+        fetched = await fetch(upstream, server.url("/a"), session, trusted=True)
+
+    assert {} == server.seen("/a")[0].cookies
+    assert {"uid": "ann"} == server.seen("/b")[0].cookies
+    assert (False, True) == (fetched.set_cookies, fetched.sent_cookies)
+
+
+async def test_plain_answer_has_nothing_on_its_way(server: AdServer, make: Make) -> None:
+    """An answer without redirects and cookies is told as that."""
+    server.replies["/a"] = b"end"
+    fetched = await fetch(make(server.url("/a")), server.url("/a"))
+
+    assert (False, False, ()) == (fetched.set_cookies, fetched.sent_cookies, fetched.on_the_way)
+
+
+# --- What an answer may depend on ---------------------------------------------------------------
+
+
+def caching(upstream: VastUpstream, *vary: str, scope: Any = "viewer") -> VastUpstream:
+    """Give *upstream* a cache whose answers depend on *vary*."""
+    settings = CacheSettings(scope=scope, vary=tuple(map(Source.parse, vary)))
+    cache = AnswerCache("main", settings, spawn=Tasks("test").spawn)
+    protection = replace(upstream.protection, cache=cache)
+    return VastUpstream(upstream.settings, upstream.client, upstream.now, protection)
+
+
+def asked(
+    upstream: VastUpstream,
+    ad_request: AdRequest | None = None,
+    params: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> Asking:
+    """Say what the answer to a new session's first request may depend on."""
+    session = a_session(upstream, ad_request, **facts)
+    return upstream.asking(session, upstream.entry_url(session, params), params)
+
+
+def keyed(upstream: VastUpstream, *args: Any, **facts: Any) -> str:
+    """Give the key of a new session's first request."""
+    assert upstream.cache is not None
+    return key_of(upstream.name, upstream.cache.settings, asked(upstream, *args, **facts))
+
+
+BALANCER = FrozenMapping({"user-agent": "balancer", "x-forwarded-for": "192.0.2.200"})
+"""Headers of a trusted proxy, which tells of the device in others."""
+
+
+def behind(agent: str, ip: str) -> AdRequest:
+    """Build the request of a device behind a trusted proxy."""
+    return AdRequest("/", headers=BALANCER, device=Device(ip=ip, user_agent=agent))
+
+
+async def test_key_has_what_is_told_of_the_device(make: Make) -> None:
+    """Declared headers stand for what the ad server is told, not for a trusted proxy's own."""
+    upstream = caching(make("http://a.example/x"), "header:User-Agent", "header:X-Forwarded-For")
+    tv = behind("TV", "192.0.2.1")
+
+    assert keyed(upstream, tv) == keyed(upstream, behind("TV", "192.0.2.1"))
+    assert keyed(upstream, tv) != keyed(upstream, behind("phone", "192.0.2.1"))
+    assert keyed(upstream, tv) != keyed(upstream, behind("TV", "192.0.2.2"))
+
+
+@pytest.mark.parametrize("name", ["Referer", "Accept-Language"])
+async def test_key_has_what_is_told_under_another_name(make: Make, name: str) -> None:
+    """A declared header counts by what is told in its place, in a header for the device's."""
+    upstream = caching(make("http://a.example/x"), f"header:{name}")
+    fact = name.lower().replace("-", "_")
+    devices = [Device(**{fact: each}) for each in ("a", "b")]
+    first, second = (AdRequest("/", headers=BALANCER, device=each) for each in devices)
+
+    assert keyed(upstream, first) == keyed(upstream, first)
+    assert keyed(upstream, first) != keyed(upstream, second)
+
+
+async def test_key_has_what_the_device_said(make: Make) -> None:
+    """A declared header that is told in no header of its own counts by what the request had."""
+    upstream = caching(make("http://a.example/x", user_agent="proxy"), "header:X-Kind")
+    kinds = [AdRequest("/", headers=FrozenMapping({"x-kind": each})) for each in ("a", "b")]
+
+    assert keyed(upstream, kinds[0]) != keyed(upstream, kinds[1])
+    assert keyed(upstream, behind("TV", "192.0.2.1")) == keyed(upstream, behind("phone", "::1"))
+
+
+async def test_key_has_forwarded_cookies(make: Make) -> None:
+    """Answers to different forwarded cookies are kept apart: the ad server saw them."""
+    upstream = caching(make("http://a.example/x"))
+
+    assert keyed(upstream, cookies={"uid": "a"}) == keyed(upstream, cookies={"uid": "a"})
+    assert keyed(upstream, cookies={"uid": "a"}) != keyed(upstream, cookies={"uid": "b"})
+    assert keyed(upstream, cookies={"uid": "a"}) != keyed(upstream, cookies={"id": "a"})
+    assert keyed(upstream, cookies={"uid": "a"}) != keyed(upstream)
+
+
+async def test_key_has_further_parameters(make: Make) -> None:
+    """Parameters that the caller adds tell requests apart."""
+    upstream = caching(make("http://a.example/x"))
+
+    assert keyed(upstream, None, {"slot": "pre"}) == keyed(upstream, None, {"slot": "pre"})
+    assert keyed(upstream, None, {"slot": "pre"}) != keyed(upstream, None, {"slot": "mid"})
+
+
+async def test_key_has_macros_of_the_route(make: Make) -> None:
+    """Macros that the route takes from the request tell requests apart."""
+    upstream = caching(make("http://a.example/x?c=[CONTENTID]"))
+
+    assert keyed(upstream, macros={"CONTENTID": "1"}) == keyed(upstream, macros={"CONTENTID": "1"})
+    assert keyed(upstream, macros={"CONTENTID": "1"}) != keyed(upstream, macros={"CONTENTID": "2"})
+
+
+async def test_key_has_nothing_that_changes_each_time(make: Make) -> None:
+    """Random numbers, the time, and the session's parameters are in no key."""
+    upstream = caching(
+        make(
+            "http://a.example/x?r=[CACHEBUSTING]&c=[CORRELATOR]&t=[TIMESTAMP]&i=[TRANSACTIONID]",
+            session_params=("correlator", "timestamp"),
+        )
+    )
+    keys, urls = set(), set()
+    times = iter([NOW, NOW + 1, NOW + 2])
+    factory = SessionFactory(is_public_suffix=lambda _: False, now=lambda: next(times))
+    for _ in range(3):
+        session = factory.open_session(factory.context(), upstream, request=Request(AdRequest("/")))
+        urls.add(url := upstream.entry_url(session))
+        keys.add(upstream.asking(session, url).url)
+
+    assert (3, 1) == (len(urls), len(keys))
+
+
+async def test_key_has_no_correlator_of_the_player(make: Make) -> None:
+    """What the proxy puts its own correlator into tells nothing apart, whatever the player sent."""
+    upstream = caching(make("http://a.example/x"))
+
+    def of(query: str) -> str:
+        """Give the key of a request with *query*."""
+        return keyed(upstream, forward_query=query, correlator_params=("corr",))
+
+    assert of("corr=1&slot=a") == of("corr=2&slot=a")
+    assert of("corr=1&slot=a") != of("corr=1&slot=b")
+
+
+async def test_key_has_own_headers(make: Make) -> None:
+    """The upstream's own headers count by value and by name: a reload may give it others."""
+    one, other = (caching(make("http://a.example/x", headers={name: "{query.a}"})) for name in "AB")
+    first, second = (AdRequest("/", query=Query(f"a={each}")) for each in "12")
+
+    assert keyed(one, first) == keyed(one, first)
+    assert keyed(one, first) != keyed(one, second)
+    assert keyed(one, first) != keyed(other, first)
+
+
+@pytest.mark.parametrize(
+    ("host", "forwarded", "scope", "has"),
+    [
+        ("a.example", None, "chain", True),
+        ("b.example", None, "chain", False),
+        ("", None, "chain", False),
+        ("", {"uid": "me"}, "chain", True),
+        ("a.example", {"uid": "me"}, "off", False),
+    ],
+)
+async def test_sent_cookies_are_told_beforehand(
+    make: Make, host: str, forwarded: dict[str, str] | None, scope: str, *, has: bool
+) -> None:
+    """Before anything is asked it is known whether a Cookie header would go to the endpoint."""
+    upstream = caching(make("http://a.example/x", cookies=scope))
+    session = a_session(upstream, cookies=forwarded)
+    session.jar.put("seen", "1", host)
+
+    assert has == upstream.asking(session, "http://a.example/x").has_cookies
+
+
+async def test_who_waits_gives_up_in_time(make: Make) -> None:
+    """Who waits for another's answer has the time of a hop, or what the deadline leaves of it."""
+    upstream = caching(make("http://a.example/x", timeout=2.0))
+    now = asyncio.get_running_loop().time()
+
+    assert 2.0 == pytest.approx(asked(upstream).deadline - now, abs=0.5)
+    assert now + 1 > asked(upstream, deadline=now + 1).deadline
 
 
 # --- Without a configuration --------------------------------------------------------------------

@@ -211,7 +211,9 @@ def _said(error: Exception) -> str:
     """Give what *error* says, without the URL: it may name a viewer, or hold a key."""
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{error.status}, {error.message}"
-    return "no usable URL" if isinstance(error, aiohttp.InvalidURL) else str(error)
+    if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
+        return "no usable URL"
+    return str(error)
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -32,19 +32,18 @@ MAX_SITES = 1000
 _USUAL = frozenset({("http", 80), ("https", 443)})
 
 
-def site_of(place: Target, is_public_suffix: Callable[[str], bool]) -> str:
+def site_of(scheme: str, host: str, port: int, is_public_suffix: Callable[[str], bool]) -> str:
     """
-    Give what *place* is counted under: its registrable domain.
+    Give what *host* is counted under: its registrable domain.
 
     An address, and a name that is none of a registry's, is taken with its port; a domain at an
     unusual port, with port and scheme: who names such a one shall not harm the usual one.
     """
-    name = place.host.rstrip(".").lower()
+    name = host.rstrip(".").lower()
     if _is_address(name) or "." not in name:
-        return f"{name}:{place.port}"
+        return f"{name}:{port}"
     site = _registrable(name.split("."), is_public_suffix)
-    usual = (place.scheme, place.port) in _USUAL
-    return site if usual else f"{place.scheme}://{site}:{place.port}"
+    return site if (scheme, port) in _USUAL else f"{scheme}://{site}:{port}"
 
 
 def _registrable(labels: list[str], is_public_suffix: Callable[[str], bool]) -> str:
@@ -104,7 +103,10 @@ class Guards:
         self._hearing: dict[UpstreamBreaker, Callable[[BreakerChange], None]] = {}
         self._crowd = Crowd()
         self._sites = Recent(self._site, MAX_SITES, dropped=self._retire)
-        self._is_public_suffix = lru_cache(maxsize=MAX_SITES)(is_public_suffix)
+        # By what decides, and not by Target, which has the whole URL.
+        self._site_of = lru_cache(maxsize=MAX_SITES)(
+            lambda scheme, host, port: site_of(scheme, host, port, is_public_suffix)
+        )
 
     def use(self, upstreams: Mapping[str, GuardSettings], hops: GuardSettings) -> None:
         """Guard *upstreams*, and all else as *hops* says; what stays the same goes on as it is."""
@@ -128,7 +130,7 @@ class Guards:
 
     def site(self, place: Target) -> Guard:
         """Give the guard of the site that *place* belongs to."""
-        return self._sites.of(site_of(place, self._is_public_suffix))
+        return self._sites.of(self._site_of(place.scheme, place.host, place.port))
 
     def _upstream(self, name: str, settings: GuardSettings, old: Guard | None) -> Guard:
         if old is not None and old.settings == settings:

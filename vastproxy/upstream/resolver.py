@@ -44,6 +44,8 @@ each. A document of ten thousand ads would make a lever against the state of cap
 """
 
 _NO_CONTENT = frozenset({204, 205})
+_FAILED = "miss (upstream failed)"
+"""What a hop says of the cache until there is an answer."""
 
 Judge = Callable[[Sequence[ResolvedAd]], Awaitable[Mapping[ResolvedAd, str]]]
 """
@@ -299,7 +301,9 @@ async def _fetch(
         # Without its traceback, which has this frame: a cycle that would keep the whole body.
         outcome = raised.with_traceback(None)
     except asyncio.CancelledError:
-        told.problem = "cut off: another ad server was quicker, or the proxy is stopping"
+        told.problem = "cut off: another ad server was quicker, or the player has gone"
+        if told.cache == _FAILED:
+            told.cache = "miss (cut off)"
         told.milliseconds = (perf_counter() - began) * 1000
         session.trace.add(_hop(session, place, told))
         raise
@@ -337,7 +341,7 @@ async def _kept(entry: _Entrance, told: _Told) -> "_Document":
     session, upstream = entry.session, entry.upstream
     cache = upstream.protection.cache
     assert cache is not None  # noqa: S101 - the caller looked
-    told.cache = "miss (upstream failed)"
+    told.cache = _FAILED
     answer, verdict = await cache.through(
         upstream.asking(session, entry.url, entry.params),
         lambda: _answered(session, entry.url, told.exchanges),
