@@ -170,6 +170,8 @@ class AdResponse:
     """Name and milliseconds of each step, for ``Server-Timing``."""
     waterfall: tuple[str, ...] = ()
     """What became of each upstream, as ``primary:breaker``; empty where one was asked, simply."""
+    choices: tuple[tuple[str, str], ...] = ()
+    """The same for each that was considered, in two words, for those who count."""
     breaker: tuple[str, ...] = ()
     """Circuit breakers that changed because of this request, in words."""
     cache: tuple[str, ...] = ()

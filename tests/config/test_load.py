@@ -1034,3 +1034,80 @@ def test_not_paid_by_that_budget(more: str) -> None:
     text = PAID_BY_BUDGET.replace("cpm: 2", f"cpm: 2, {more}")
 
     assert loads(text, source="config.yaml", environ={}).upstreams["main"].cache is not None
+
+
+SOFT_AND_LATE = """\
+upstreams:
+  main: {endpoint: "https://a.example/", timeout: 10s, soft_timeout: 3s}
+  house: {endpoint: "https://b.example/"}
+routes:
+  - {path: /quick, upstreams: [main, house], deadline: 3s}
+  - {path: /usual, upstreams: [main, house]}
+"""
+
+
+def test_soft_timeout_that_never_passes() -> None:
+    """A soft_timeout has to be shorter than the deadline of a route that asks the upstream."""
+    (told,) = problems(SOFT_AND_LATE)
+
+    assert (
+        "line 2: upstreams.main.soft_timeout: '3s' is not shorter than the deadline of any route "
+        "that asks this upstream, so that no other is ever started (write less than 3s, or null)"
+    ) == told
+    assert read(SOFT_AND_LATE.replace("deadline: 3s", "deadline: 3001ms")).upstreams
+    assert read(SOFT_AND_LATE.replace("[main, house]", "house")).upstreams
+    assert ["line 5: routes.0.deadline: 'soon' is no duration (write 800ms, 2s or 1h)"] == (
+        problems(SOFT_AND_LATE.replace("deadline: 3s", "deadline: soon"))
+    )
+
+
+def test_slow_call_that_never_comes() -> None:
+    """A call cannot be slower than its timeout, whether that is written or not."""
+    line = "circuit_breaker: {slow_call: 1001ms, mode: off}"
+    (told,) = problems(upstream(line))
+
+    assert (
+        "line 3: upstreams.main.circuit_breaker.slow_call: '1001ms' is longer than the timeout, "
+        "1s, so that no call is ever slow (write less than the timeout, or null)"
+    ) == told
+    assert read(upstream(line.replace("1001ms", "1s"))).upstreams
+    assert read(upstream(f"timeout: 2s\n    {line}")).upstreams
+    assert ["line 3: upstreams.main.timeout: 'fast' is no duration (write 800ms, 2s or 1h)"] == (
+        problems(upstream(f"timeout: fast\n    {line}"))
+    )
+
+
+FORWARDED = """\
+upstreams:
+  main: {endpoint: "https://a.example/", cache: {scope: shared, vary: ["query:x", "cookie:x"]}}
+  house: {endpoint: "https://b.example/"}
+routes:
+  - {path: /own, upstreams: main}
+  - {path: /told, upstreams: [house, main], forward_cookies: [uid, x]}
+"""
+
+
+def test_what_is_answered_to_a_cookie_is_never_shared() -> None:
+    """A shared cache cannot vary by a cookie that a route forwards to the ad server."""
+    (told,) = problems(FORWARDED)
+
+    assert (
+        "line 2: upstreams.main.cache.vary.1: routes.1 forwards the cookie 'x', and what is "
+        "answered to a cookie is never shared (write scope: viewer, or take x out of the "
+        "forward_cookies of routes.1)"
+    ) == told
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[uid, x]", "[uid, X]"),
+        ("[house, main]", "[house]"),
+        ("cache:", "cookies: off, cache:"),
+        ('"cookie:x"', '"cookie:y"'),
+        ('"cookie:x"', '"header:x"'),
+    ],
+)
+def test_what_is_shared_in_spite_of_cookies(old: str, new: str) -> None:
+    """By a cookie that is not forwarded, or not sent, answers may be kept apart."""
+    assert read(FORWARDED.replace(old, new)).upstreams

@@ -82,6 +82,7 @@ def test_waterfall(choices: list[Any], steps: tuple[str, ...]) -> None:
     trace = Trace(choices=[Choice(*each, 1.0) for each in choices])
 
     assert steps == told(trace).waterfall
+    assert tuple(choices) == told(trace).choices
     assert ("late" in dict(map(reversed, choices))) == ("soft_timeout" in told(trace).flags)
 
 

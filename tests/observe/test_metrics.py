@@ -119,6 +119,19 @@ def test_calls_of_ad_servers() -> None:
     assert 1 == found["vastproxy_upstream_retries_total", "main"]
 
 
+def test_waterfall() -> None:
+    """What became of upstreams is counted by upstream and word."""
+    metrics = RequestMetrics()
+    for choice in (("main", "failed"), ("house", "ad"), ("main", "failed"), ("main", "late")):
+        metrics.chosen(choice)
+    found = samples(metrics.text())
+
+    assert [2, 1, 1] == [
+        found["vastproxy_waterfall_total", *each]
+        for each in (("main", "failed"), ("main", "late"), ("house", "ad"))
+    ]
+
+
 def test_breakers() -> None:
     """
     A breaker counts as open until it is closed again, whatever it was between; of hops, all that

@@ -830,6 +830,18 @@ def test_repr() -> None:
     assert "<Ticket probe, epoch 2, settled>" == repr(ticket)
 
 
+def test_looking_asks_for_no_probe() -> None:
+    """Nobody is asked whether a probe may go out because somebody looks at the breaker."""
+    driven = an_open_breaker()
+    driven.wait(61)
+    asked: list[None] = []
+    driven.breaker.may_probe = lambda: bool(asked.append(None))
+
+    assert "open" == driven.breaker.told()["state"]
+    assert repr(driven.breaker).startswith("<Breaker main open since 61 s: ")
+    assert [] == asked
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

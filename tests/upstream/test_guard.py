@@ -11,7 +11,14 @@ from vastproxy.errors import (
     UpstreamRefusedError,
     UpstreamTimeoutError,
 )
-from vastproxy.upstream.guard import Crowd, Guard, GuardSettings, RetryBudget, latencies
+from vastproxy.upstream.guard import (
+    Crowd,
+    Guard,
+    GuardSettings,
+    RetryBudget,
+    how_often,
+    latencies,
+)
 from vastproxy.upstream.limiter import LocalRate
 from vastproxy.upstream.window import BreakerSettings
 
@@ -303,3 +310,20 @@ def test_latencies() -> None:
     assert {"p50": 20.0, "p90": 20.0, "p99": 20.0, "calls": 1} == latencies([0.02])
     hundred = latencies([each / 1000 for each in range(101)])
     assert {"p50": 50.0, "p90": 90.0, "p99": 99.0, "calls": 101} == hundred
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("100 times a second", 100.0),
+        ("1.5 times a second", 1.5),
+        ("1000000 times a second", 1e6),
+        ("once a second", 1.0),
+        ("once in 1.02 s", 59 / 60),
+        ("once in 60 s", 1 / 60),
+        ("once in 14400 s", 1 / 14400),
+    ],
+)
+def test_rates_are_told_in_words(words: str, rate: float) -> None:
+    """How often somebody may be asked is said as a person would."""
+    assert words == how_often(rate)

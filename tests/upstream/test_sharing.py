@@ -228,6 +228,61 @@ def test_lost_opening_is_read(ada: Instance) -> None:
     assert "open" == ada.breaker.state
 
 
+def test_own_reason_is_kept() -> None:
+    """Who has seen for itself takes from others how long, and not why."""
+    ada = Instance(quorum=2)
+    ada.tell(votes=0)
+    ada.fail()
+    own = ada.breaker.told()["reason"]
+    ada.tell(votes=1, seconds=RESET)
+    ada.shared.heard(a_standing(votes=2, seconds=90.0, reason="no connection"))
+    told = ada.breaker.told()
+
+    assert "5 failures in a row, the last: status 500" == own
+    assert (own, 90) == (told["reason"], told["retry_in_seconds"])
+    assert "stay" == ada.says(due=True)
+
+
+@pytest.mark.parametrize(
+    ("says", "who"), [("", "2 instances"), ("look", "3 instances"), ("closed", "3 instances")]
+)
+def test_own_vote_is_no_other_instance(says: str, who: str) -> None:
+    """Where its own vote still counts, that is none of those others who have seen it."""
+    ada = Instance(quorum=3)
+    ada.tell(votes=0)
+    ada.fail()
+    ada.tell(votes=1)
+    ada.breaker.close("by hand")
+    ballot = ada.shared.ballot(due=False)
+    assert ballot is not None
+    if says == "closed":
+        ada.shared.answered(ballot, a_standing("closed", votes=0))
+    else:
+        # Nobody could be told of the closing while it was news.
+        ada.shared.unsaid(ballot)
+        ada.clock.now += NEWS_FOR + 0.1
+        ballot = ada.shared.ballot(due=False)
+        assert ballot is not None
+    if says == "look":
+        ada.shared.answered(ballot, a_standing("look", votes=0))
+    ada.shared.heard(a_standing(votes=3))
+
+    assert f"seen by {who}: 5 failures in a row" == ada.breaker.told()["reason"]
+
+
+def test_vote_ends_with_its_term() -> None:
+    """A vote of an older term counts no more, and was not among those of the newer."""
+    ada = Instance(quorum=2)
+    ada.tell(votes=0)
+    ada.fail()
+    ada.tell(votes=1)
+    ada.shared.heard(a_standing("closed", votes=0, term=1))
+    assert "closed" == ada.breaker.state
+    ada.shared.heard(a_standing(votes=2, term=1))
+
+    assert "seen by 2 instances: 5 failures in a row" == ada.breaker.told()["reason"]
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_lost_closing_is_read(ada: Instance, *, own: bool) -> None:
     """A closing whose message was lost is found at the next look, since it began a new term."""

@@ -22,6 +22,7 @@ from vastproxy.flow.caps import Cap
 from vastproxy.flow.reporter import ErrorReporter
 from vastproxy.flow.routing import Route, Router
 from vastproxy.model import AdRequest, AdResponse
+from vastproxy.observe.metrics import RequestMetrics
 from vastproxy.observe.tasks import Tasks
 from vastproxy.session.factory import SessionFactory
 from vastproxy.session.seals import Seal
@@ -130,6 +131,22 @@ async def test_line_of_a_request_with_trouble() -> None:
     assert fields == {name: logs[0][name] for name in fields}
     assert "vastproxy; hit" == reply.headers["Cache-Status"]
     assert "cache_status" not in logs[0]
+
+
+async def test_choices_are_counted() -> None:
+    """What became of each upstream is counted, also where the line says nothing of it."""
+
+    async def refused(_: Route, __: AdRequest) -> AdResponse:
+        """Answer that an ad server has refused to."""
+        return AdResponse(b"<VAST/>", "r1", choices=(("main", "failed"),))
+
+    metrics = RequestMetrics()
+    player = Player(FakeAds(refused), Router([Route("/ad", ())]), PlayerSettings(), metrics)
+    async with serving(player) as client:
+        for _ in range(2):
+            await client.get("/ad")
+
+    assert b'vastproxy_waterfall_total{upstream="main",what="failed"} 2.0' in metrics.text()
 
 
 async def test_bug_inside_is_an_empty_answer() -> None:

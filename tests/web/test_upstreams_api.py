@@ -94,6 +94,23 @@ async def test_one(client: Client) -> None:
     assert (200, a_host("main")) == await answer(client, "/api/upstreams/main")
 
 
+class Fleet(OwnUpstreams):
+    """Several processes, of which the second does not answer."""
+
+    async def told(self) -> Picture:
+        """Say how they are, and who is silent."""
+        return {**await super().told(), "unanswered": [2]}
+
+
+async def test_one_of_several(aiohttp_client: AiohttpClient, guards: SomeGuards) -> None:
+    """Of one upstream, too, it is told who did not answer."""
+    app = web.Application()
+    add_upstreams(app, Fleet(guards))
+    found = await answer(await aiohttp_client(app), "/api/upstreams/main")
+
+    assert (200, {**a_host("main"), "unanswered": [2]}) == found
+
+
 @pytest.mark.parametrize("name", ["third", "%FF", "%00", "%22%3Cscript%3E", "gone.example"])
 async def test_no_such_upstream(client: Client, name: str) -> None:
     """Where there is no such upstream the answer says which there are."""

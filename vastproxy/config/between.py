@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Final, TypeVar
 
-from vastproxy.config.schema import Budget, Route
+from vastproxy.config.schema import Budget, Route, Upstream
 from vastproxy.config.template import Template
-from vastproxy.config.units import LONGEST_SHOWN, StateUrl, parse_duration, parse_money, shown
+from vastproxy.config.units import (
+    LONGEST_SHOWN,
+    Source,
+    StateUrl,
+    parse_duration,
+    parse_money,
+    shown,
+)
 
 Place = tuple[str | int, ...]
 """Where something stands: names of settings, and indexes of lists."""
@@ -80,6 +87,9 @@ def faults_between_sections(data: object) -> Iterator[Fault]:
     for name, each in upstreams.items():
         yield from _personal_for_all(name, _section(each))
         yield from _kept_for_nobody(name, _section(each), routes)
+        yield from _never_shared(name, _section(each), routes)
+        yield from _never_soft(name, _section(each), routes)
+        yield from _never_slow(name, _section(each))
         yield from _sold_for_nothing(name, _section(each), routes)
 
 
@@ -233,6 +243,70 @@ def _kept_for_nobody(name: str, upstream: Section, routes: Routes) -> Iterator[F
             "scope: shared)"
         )
         yield Fault(("upstreams", name, "cache"), message)
+
+
+def _never_shared(name: str, upstream: Section, routes: Routes) -> Iterator[Fault]:
+    """Tell of answers that are shared by a cookie with which none are."""
+    cache = _section(upstream.get("cache"))
+    vary = cache.get("vary")
+    is_sent = str(upstream.get("cookies")).lower() not in _NO
+    if cache.get("scope") != "shared" or not isinstance(vary, list) or not is_sent:
+        return
+    for position, text in enumerate(vary):
+        source = _read(Source.parse, text)
+        if source is None or source.kind != "cookie":
+            continue
+        for index, route in routes:
+            if name in _names(route.get("upstreams")) and source.name in _forwarded(route):
+                message = (
+                    f"routes.{index} forwards the cookie {shown(source.name)}, and what is "
+                    f"answered to a cookie is never shared (write scope: viewer, or take "
+                    f"{source.name} out of the forward_cookies of routes.{index})"
+                )
+                others = (("routes", index, "forward_cookies"),)
+                yield Fault(("upstreams", name, "cache", "vary", position), message, others=others)
+                break
+
+
+def _forwarded(route: Section) -> list[object]:
+    listed = route.get("forward_cookies")
+    return listed if isinstance(listed, list) else []
+
+
+def _never_soft(name: str, upstream: Section, routes: Routes) -> Iterator[Fault]:
+    """Tell of a soft_timeout that passes when all routes have been answered already."""
+    text = upstream.get("soft_timeout")
+    soft = _read(parse_duration, text)
+    default = Route.model_fields["deadline"].default
+    ends = [
+        (_read(parse_duration, each.get("deadline", default)), index)
+        for index, each in routes
+        if name in _names(each.get("upstreams"))
+    ]
+    known = [(seconds, index) for seconds, index in ends if seconds is not None]
+    if soft is None or not known or len(known) < len(ends) or soft < max(known)[0]:
+        return
+    longest, index = max(known)
+    message = (
+        f"{shown(text)} is not shorter than the deadline of any route that asks this upstream, so "
+        f"that no other is ever started (write less than {longest:g}s, or null)"
+    )
+    yield Fault(
+        ("upstreams", name, "soft_timeout"), message, others=(("routes", index, "deadline"),)
+    )
+
+
+def _never_slow(name: str, upstream: Section) -> Iterator[Fault]:
+    """Tell of calls that are slow from a time on when all have been cut off."""
+    text = _section(upstream.get("circuit_breaker")).get("slow_call")
+    slow = _read(parse_duration, text)
+    whole = _read(parse_duration, upstream.get("timeout", Upstream.model_fields["timeout"].default))
+    if slow is not None and whole is not None and slow > whole:
+        message = (
+            f"{shown(text)} is longer than the timeout, {whole:g}s, so that no call is ever slow "
+            "(write less than the timeout, or null)"
+        )
+        yield Fault(("upstreams", name, "circuit_breaker", "slow_call"), message)
 
 
 def _sold_for_nothing(name: str, upstream: Section, routes: Routes) -> Iterator[Fault]:

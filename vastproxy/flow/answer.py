@@ -280,6 +280,7 @@ def response(context: SessionContext, trace: Trace, outcome: Outcome, body: byte
         flags=flags(trace, outcome),
         timings=tuple([(f"hop{hop.number}", hop.milliseconds) for hop in hops]),
         waterfall=_steps(trace),
+        choices=tuple([(each.upstream, each.what) for each in trace.choices]),
         breaker=tuple([str(each) for each in trace.changes]),
         cache=tuple([f"{each.upstream}: {each.cache}" for each in hops if each.cache]),
         cache_status=tuple(trace.cache_status),

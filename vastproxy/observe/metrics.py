@@ -69,6 +69,7 @@ class RequestMetrics:
         self._latency = 0.0
         self._routes: dict[str, _OfRoute] = {}
         self._upstreams: dict[str, _OfUpstream] = {}
+        self._choices: dict[tuple[str, str], Callable[[], None]] = {}
         self._not_closed: Counts[str] = Counts()
         self._children: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._requests = self._counter("requests", "Ad requests.", "route", "outcome")
@@ -97,6 +98,9 @@ class RequestMetrics:
         self._calls = self._counter("upstream_calls", "Calls of ad servers.", "upstream", "result")
         self._call_seconds = self._histogram(
             "upstream_seconds", "Seconds that calls of ad servers took.", "upstream"
+        )
+        self._waterfall = self._counter(
+            "waterfall", "What became of upstreams in answered ad requests.", "upstream", "what"
         )
         self._retries = self._counter("upstream_retries", "Calls that went out again.", "upstream")
         self._cache = self._counter("cache", "What caches were asked.", "upstream", "result")
@@ -187,6 +191,13 @@ class RequestMetrics:
         self._open.labels(name).set(self._not_closed[name])
         seconds = self._call_seconds.labels(name).observe
         return self._upstreams.setdefault(name, _OfUpstream(calls, seconds))
+
+    def chosen(self, choice: tuple[str, str]) -> None:
+        """Count a step of a waterfall: an upstream of the configuration, and what became of it."""
+        known = self._choices.get(choice)
+        if known is None:
+            known = self._choices[choice] = self._waterfall.labels(*choice).inc
+        known()
 
     def retried(self, upstream: str) -> None:
         """Count a call of *upstream* that went out again."""

@@ -283,7 +283,7 @@ class Guard:
     async def _take_turn(self) -> None:
         if self.rate is not None and not await self.rate.take():
             self._refuse("rate_limit")
-            what = f"{self.name} may be asked {self.rate.rate:g} times a second"
+            what = f"{self.name} may be asked {how_often(self.rate.rate)}"
             raise UpstreamRefusedError(what, by="rate_limit", of=self.name)
 
     def _admit(self, trace: Trace) -> Ticket | None:
@@ -349,6 +349,15 @@ class Guard:
 
 
 _TOLD = ("ok", "failed", "neutral", "retried", "breaker", "rate_limit", "busy")
+
+
+def how_often(rate: float) -> str:
+    """Give *rate*, in times a second, as a person would say it."""
+    if rate == 1:
+        return "once a second"
+    # No exponents: there may be a million a second.
+    number = f"{round(rate if rate > 1 else 1 / rate, 2):.10g}"
+    return f"{number} times a second" if rate > 1 else f"once in {number} s"
 
 
 def latencies(seconds: Iterable[float]) -> dict[str, float] | None:

@@ -80,6 +80,8 @@ class SharedBreaker:
         self._term = UNKNOWN
         self._own = False
         """Whether it is open because of what was seen here."""
+        self._voted = False
+        """Whether a vote of this instance counts, as far as it knows."""
         self._news: Literal["", "open", "closed"] = ""
         """What is to be said."""
         self._news_at = 0.0
@@ -159,6 +161,7 @@ class SharedBreaker:
     def answered(self, ballot: Ballot, standing: Standing) -> None:
         """Take what came of *ballot*."""
         missed = UNKNOWN < self._term < standing.term and ballot.says not in ("open", "closed")
+        self._note_vote(ballot, is_older=ballot.term != standing.term)
         self._term = standing.term
         if ballot.says == "probe":
             self._may_probe = standing.granted and self.breaker.state == "open"
@@ -170,11 +173,24 @@ class SharedBreaker:
         elif missed:
             self._close(standing)
 
+    def _note_vote(self, ballot: Ballot, *, is_older: bool) -> None:
+        """Take note whether its own vote counts now, as ``scripts/breaker.lua`` has it."""
+        match ballot.says:
+            case "open":
+                self._voted = True
+            case "stay":
+                self._voted = not is_older
+            case "probe":
+                self._voted = self._voted and not is_older
+            case _:
+                self._voted = False
+
     def heard(self, standing: Standing) -> None:
         """Take a message; one of an older term, or before the first answer, says nothing."""
         if self._news or not UNKNOWN < self._term <= standing.term:
             return
         newer, self._term = standing.term > self._term, standing.term
+        self._voted = self._voted and not newer
         if standing.says == "closed":
             if newer:
                 self._close(standing)
@@ -182,18 +198,28 @@ class SharedBreaker:
             self._open(standing)
 
     def _open(self, standing: Standing) -> None:
-        """Leave the ad server alone for as long as others do."""
+        """
+        Leave the ad server alone for as long as others do.
+
+        Who has seen for itself why goes on saying that.
+        """
         breaker = self.breaker
         state = breaker.state
         if state == "half-open":
             return
-        if state == "open" and standing.seconds <= _left_alone(breaker.told()):
+        told = breaker.told()
+        if state == "open" and standing.seconds <= _left_alone(told):
             return
         self._own = self._own and state == "open"
         self._may_probe = False
-        who = "another instance" if standing.votes == 1 else f"{standing.votes} instances"
+        reason = str(told["reason"]) if self._own else self._seen_by_others(standing)
         with self._applied():
-            breaker.open(f"seen by {who}: {standing.reason}", standing.seconds)
+            breaker.open(reason, standing.seconds)
+
+    def _seen_by_others(self, standing: Standing) -> str:
+        others = standing.votes - self._voted
+        who = "another instance" if others <= 1 else f"{others} instances"
+        return f"seen by {who}: {standing.reason}"
 
     def _close(self, standing: Standing) -> None:
         if self.breaker.held:

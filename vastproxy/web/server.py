@@ -19,7 +19,7 @@ from vastproxy.flow.ad_server import AdServer
 from vastproxy.flow.beacons import PATH
 from vastproxy.flow.routing import Route, Router
 from vastproxy.model import AdRequest, AdResponse
-from vastproxy.observe.metrics import Outcome, RequestMetrics
+from vastproxy.observe.metrics import BeaconResult, Outcome, RequestMetrics
 from vastproxy.observe.tasks import Tasks
 from vastproxy.session.context import new_request_id
 from vastproxy.vast.serialise import empty
@@ -104,16 +104,20 @@ class Player:
         if request.method != HTTPMethod.GET:
             return refused(request, 405, "beacons are sent with GET")
         try:
-            beacons = self._ads.beacons
             # Players send them as they close, and do not wait: they count all the same.
-            counting = beacons.take(token) if beacons else None
-            result = await self._tasks.finish(counting, "beacon") if counting else "forged"
+            result = await self._tasks.finish(self._taken(token), "beacon")
         except Exception:  # noqa: BLE001 - a mistake of ours is none of the player's
             self._log.exception("beacon.failed")
             return beacon_answer(request, token, 204)
+        return beacon_answer(request, token, 403 if result == "forged" else 204)
+
+    async def _taken(self, token: str) -> BeaconResult:
+        """Count what *token* says, and that it came."""
+        beacons = self._ads.beacons
+        result = await beacons.take(token) if beacons else "forged"
         self._metrics.beacon(result)
         self._log.debug("beacon", result=result)
-        return beacon_answer(request, token, 403 if result == "forged" else 204)
+        return result
 
     async def _answer(self, request: web.BaseRequest, route: Route, rest: str) -> web.Response:
         began = perf_counter()
@@ -136,6 +140,8 @@ class Player:
             self.in_flight -= 1
         took = perf_counter() - began
         self._metrics.answered(route.path, _outcome(response), response.ads, took)
+        for choice in response.choices:
+            self._metrics.chosen(choice)
         for each in response.flags:
             if each in REFUSALS:
                 self._metrics.capped(route.path, *REFUSALS[each])

@@ -84,7 +84,7 @@ def add_upstreams(app: web.Application, upstreams: Upstreams) -> None:
         name = request.match_info["name"]
         for each in told["upstreams"]:
             if each["name"] == name:
-                return web.json_response(each)
+                return web.json_response({**each, **_silent(told)})
         return _unknown(name, told)
 
     async def turn(request: web.Request) -> web.Response:
@@ -172,6 +172,11 @@ def _shown(text: str) -> str:
 
 def _is_turn(state: object) -> TypeGuard[Turn]:
     return state in TURNS
+
+
+def _silent(told: Picture) -> Picture:
+    """Give who did not answer, where there are several to ask."""
+    return {"unanswered": told["unanswered"]} if "unanswered" in told else {}
 
 
 def _unknown(name: str, told: Picture) -> web.Response:
