@@ -118,7 +118,6 @@ async def test_waiting_gives_up_on_an_endless_chain() -> None:
 
         tasks.spawn(work(), "work")
         assert not await tasks.wait_idle(0.02)
-        assert 1 == len(tasks)
 
 
 async def test_spawned_task_is_given() -> None:
@@ -205,3 +204,16 @@ async def test_repr_tells_how_many_run() -> None:
     async with Tasks("reports") as tasks:
         tasks.spawn(asyncio.sleep(0), "one")
         assert "<Tasks reports, running: 1>" == repr(tasks)
+
+
+async def test_no_time_is_one_turn() -> None:
+    """Without any time to wait, what is ready ends all the same."""
+
+    async def work() -> None:
+        """End at once."""
+
+    async with Tasks("t") as tasks:
+        tasks.spawn(work(), "work")
+        await tasks.wait_idle(0)
+
+        assert 0 == len(tasks)

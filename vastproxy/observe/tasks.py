@@ -51,8 +51,11 @@ class Tasks:
         loop = asyncio.get_running_loop()
         ends = loop.time() + timeout
         # What ends may have started something: a report, or an answer that is written elsewhere.
-        while self._running and (left := ends - loop.time()) > 0:
-            await asyncio.wait(self._running, timeout=left)
+        while self._running:
+            left = ends - loop.time()
+            await asyncio.wait(self._running, timeout=max(0.0, left))
+            if left <= 0:
+                break
         return not self._running
 
     async def __aenter__(self) -> Self:
