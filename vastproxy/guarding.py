@@ -7,7 +7,7 @@ Rule 2: a rate that is not shared is the whole proxy's: each worker has its part
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import structlog
 
@@ -127,7 +127,9 @@ class Protecting:
             each["cache"] = None if cache is None else cache.told()
         return told
 
-    def turn(self, name: str, to: Any, reason: str) -> dict[str, object] | None:  # noqa: ANN401
+    def turn(
+        self, name: str, to: Literal["open", "closed", "reset"], reason: str
+    ) -> dict[str, object] | None:
         """Turn a breaker by hand, as :meth:`Guards.turn` does."""
         told = self.guards.turn(name, to, reason)
         if told is not None:

@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, NoReturn, TypeVar, cast
+from typing import Final, NoReturn, cast
 
 from pybreaker import (
     CircuitBreaker,
@@ -29,8 +29,6 @@ from pybreaker import (
 from vastproxy.errors import UpstreamRefusedError
 from vastproxy.observe.trace import BreakerChange
 from vastproxy.upstream.window import BreakerSettings, Facts, Outcome, State
-
-T = TypeVar("T")
 
 Listener = Callable[[BreakerChange], None]
 """Hears of a change. It neither waits nor raises: it is called in the middle of an ad request."""
